@@ -1,0 +1,1 @@
+"""One host: netns, CNI, bundle, runsc, journal, reconcile, audit. No Celery, no Redis."""

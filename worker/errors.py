@@ -1,0 +1,77 @@
+"""What can go wrong, one class for each thing that a caller does differently."""
+
+TRY_AGAIN_LATER = 11  # CNI spec, "Error": the only code that is worth a retry
+
+
+class SandbatchError(Exception):
+    """Something went wrong: `what` it concerns, `why`, and what `todo` about it.
+
+    The three are kept in `args`, because Celery rebuilds an exception from its args.
+    """
+
+    can_pass = False  # True where the same act may succeed a little later
+    exit_code = 1
+
+    def __init__(self, what: str, why: str, todo: str = "") -> None:
+        super().__init__(what, why, todo)
+        self.what, self.why, self.todo = what, why, todo
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.why}" + (f"; {self.todo}" if self.todo else "")
+
+
+class BadInput(SandbatchError):
+    """The user asked for something that cannot be: nothing was done."""
+
+    exit_code = 2
+
+
+class BadNetwork(BadInput):
+    """A network cannot be found, or a CNI configuration file cannot be read."""
+
+
+class HostNotReady(SandbatchError):
+    """This host lacks something that every sandbox needs."""
+
+
+class Busy(SandbatchError):
+    """Another process works on the same sandbox right now."""
+
+    can_pass = True
+
+
+class ProcessTimeout(SandbatchError):
+    """A program did not end within its deadline and was killed."""
+
+
+class CniPluginError(SandbatchError):
+    """A CNI plugin ended with an error; `code` and `msg` are its own words."""
+
+    def __init__(self, command: str, plugin: str, container_id: str, code: int, msg: str) -> None:
+        Exception.__init__(self, command, plugin, container_id, code, msg)
+        self.command, self.plugin, self.container_id = command, plugin, container_id
+        self.code, self.msg = code, msg
+        self.can_pass = code == TRY_AGAIN_LATER
+
+    def __str__(self) -> str:
+        advice = "try again later" if self.can_pass else "see the plugin's words above and the host's CNI files"
+        who = f" for {self.container_id}" if self.container_id else ""
+        return f"CNI {self.command} by plugin {self.plugin}{who}: {self.msg} (code {self.code}); {advice}"
+
+
+class RunscError(SandbatchError):
+    """runsc or conmon refused a verb; `why` is its own last message, cut short."""
+
+
+class NotReady(SandbatchError):
+    """The sandbox did not answer its probe before the deadline, or ended first."""
+
+
+class JournalError(SandbatchError):
+    """A journal cannot be read: torn, empty, foreign, or of another release."""
+
+
+class BrokerError(SandbatchError):
+    """The broker cannot be reached."""
+
+    can_pass = True

@@ -1,0 +1,133 @@
+"""The settings that every part reads: flags, then `SANDBATCH_*`, then the TOML file, then defaults."""
+
+import os
+import re
+import socket
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from worker.errors import BadInput
+
+DEFAULT_CONFIG = Path("/etc/sandbatch/sandbatch.toml")
+HOST_NAME = re.compile(r"^[a-zA-Z0-9][a-zA-Z0-9_.\-]{0,62}$")
+MEMORY_PER_SANDBOX = 24 * 2**20  # 15 MB measured for an idle netstack sandbox, and room for a small program
+
+
+class Settings(BaseSettings):
+    """One frozen object, read once at start. Times are in seconds."""
+
+    model_config = SettingsConfigDict(env_prefix="SANDBATCH_", frozen=True, extra="forbid")
+
+    broker_url: str = ""
+    host: str = Field(default_factory=lambda: socket.gethostname().split(".")[0] or "localhost")
+    capacity: int = Field(default_factory=lambda: _capacity_from_memory(), gt=0)
+    slots: int = Field(default_factory=lambda: 2 * (os.cpu_count() or 1), gt=0)
+    state_dir: Path = Path("/var/lib/sandbatch")
+    run_dir: Path = Path("/run/sandbatch")
+    cni_conf_dir: Path = Path("/etc/cni/net.d")
+    cni_path: str = "/opt/cni/bin:/usr/lib/cni"
+    cni_cache_dir: Path = Path("/var/lib/cni")
+    cni_timeout_s: float = Field(30.0, gt=0, description="longest run of one CNI plugin")
+    network: str = "sandbatch"
+    runsc: str = Field("", description="path of the binary; empty: the first on the PATH")
+    runsc_platform: str = Field("systrap", pattern="^(systrap|ptrace|kvm)$")
+    runsc_network: str = Field("sandbox", pattern="^(sandbox|host|none)$")
+    runsc_timeout_s: float = Field(30.0, gt=0, description="longest run of one runsc verb")
+    rootfs_allow: tuple[Path, ...] = ()
+    mount_allow: tuple[Path, ...] = ()
+    reconcile_s: float = Field(15.0, gt=0, description="time between two looks at what is left over")
+
+    @field_validator("host")
+    @classmethod
+    def _host_is_a_name(cls, value: str) -> str:
+        if not HOST_NAME.match(value):
+            raise ValueError("a host name has letters, digits, '-', '_', '.', at most 63")
+        return value
+
+    @field_validator("state_dir", "run_dir", "cni_conf_dir", "cni_cache_dir")
+    @classmethod
+    def _path_is_absolute(cls, value: Path) -> Path:
+        if not value.is_absolute():
+            raise ValueError("an absolute path is needed")
+        return value
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Order of the sources, first wins."""
+        file = Path(os.environ.get("SANDBATCH_CONFIG") or DEFAULT_CONFIG)
+        return (init_settings, env_settings, TomlConfigSettingsSource(settings_cls, file))
+
+    # -- places derived from the folders above ---------------------------------------------------
+
+    @property
+    def sandboxes_dir(self) -> Path:
+        """One folder a sandbox: journal, bundle, log."""
+        return self.state_dir / "sandboxes"
+
+    @property
+    def own_cni_conf_dir(self) -> Path:
+        """Our own networks; searched before the users' folder."""
+        return self.state_dir / "cni" / "net.d"
+
+    @property
+    def runsc_root(self) -> Path:
+        return self.run_dir / "runsc"
+
+    @property
+    def exit_dir(self) -> Path:
+        """conmon writes one file an ended sandbox here: its name the id, its text the exit code."""
+        return self.run_dir / "exits"
+
+    @property
+    def broker_socket(self) -> Path:
+        return self.run_dir / "broker.sock"
+
+    @property
+    def is_broker_embedded(self) -> bool:
+        return not self.broker_url
+
+    @cached_property
+    def cni_paths(self) -> tuple[Path, ...]:
+        return tuple(Path(part) for part in self.cni_path.split(":") if part)
+
+
+def load_settings(**flags: Any) -> Settings:
+    """Read the settings; a flag that is None counts as not given.
+
+    Raises:
+        BadInput: A value is wrong; the error has its name, the value and what is allowed.
+    """
+    try:
+        return Settings(**{name: value for name, value in flags.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"]) or "?"
+        raise BadInput(
+            f"setting {name}",
+            f"{first.get('input')!r} is not allowed ({first['msg']})",
+            f"correct the flag, SANDBATCH_{name.upper()} or the line in {DEFAULT_CONFIG}",
+        ) from None
+    except (OSError, ValueError) as error:  # TOMLDecodeError is a ValueError
+        file = os.environ.get("SANDBATCH_CONFIG") or DEFAULT_CONFIG
+        raise BadInput(f"settings file {file}", str(error), "correct the file") from None
+
+
+def _capacity_from_memory() -> int:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, int(total * 0.8) // MEMORY_PER_SANDBOX)

@@ -1,0 +1,101 @@
+"""What the user asked for, checked before it is enqueued and again on the host."""
+
+import re
+import secrets
+from pathlib import PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from worker.errors import BadInput
+
+CONTAINER_ID = re.compile(r"^sb-[0-9a-f]{16}$")  # one length: runsc matches ids by prefix
+NETWORK_NAME = re.compile(r"^[a-zA-Z0-9][a-zA-Z0-9_.\-]*$")
+ENV_NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
+READY = re.compile(r"^(?:none|tcp:(?P<tcp>\d{1,5})|http:(?P<http>\d{1,5})(?P<path>/[\x21-\x7e]*))$")
+
+
+def new_container_id() -> str:
+    return "sb-" + secrets.token_hex(8)
+
+
+def _container_id(value: str) -> str:
+    if not CONTAINER_ID.match(value):
+        raise ValueError("an id is 'sb-' and 16 lowercase hexadecimal digits")
+    return value
+
+
+def _no_nul(value: str) -> str:
+    if "\0" in value:
+        raise ValueError("a NUL character is not allowed")
+    return value
+
+
+def _clean_path(value: str) -> str:
+    if not value.startswith("/") or ".." in PurePosixPath(value).parts:
+        raise ValueError("an absolute path without '..' is needed")
+    return _no_nul(value)
+
+
+def _ready(value: str) -> str:
+    match = READY.match(value)
+    port = match and (match["tcp"] or match["http"])
+    if not match or (port and not 1 <= int(port) <= 65535):
+        raise ValueError("'none', 'tcp:PORT' or 'http:PORT/PATH' is needed, PORT from 1 to 65535")
+    return value
+
+
+def _rootfs(value: str) -> str:
+    return value if value == "host" else _clean_path(value)
+
+
+def _network(value: str) -> str:
+    if not NETWORK_NAME.match(value):
+        raise ValueError("a network name has letters, digits, '_', '.', '-', and begins with a letter or digit")
+    return value
+
+
+def _env(value: dict[str, str]) -> dict[str, str]:
+    for name, text in value.items():
+        if not ENV_NAME.match(name):
+            raise ValueError(f"{name!r} is no name of an environment variable")
+        _no_nul(text)
+    return value
+
+
+ContainerId = Annotated[str, AfterValidator(_container_id)]
+
+
+class Spec(BaseModel):
+    """One sandbox as asked for. Names that a host can look up, never contents."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    kind: Literal["spec/v1"] = "spec/v1"  # hosts are upgraded one by one
+    args: Annotated[list[Annotated[str, AfterValidator(_no_nul)]], Field(min_length=1)]
+    rootfs: Annotated[str, AfterValidator(_rootfs)] = "host"
+    network: Annotated[str, AfterValidator(_network)] = "sandbatch"
+    host: str | None = None
+    env: Annotated[dict[str, str], AfterValidator(_env)] = Field(default_factory=dict)
+    cwd: Annotated[str, AfterValidator(_clean_path)] = "/"
+    labels: dict[str, str] = Field(default_factory=dict)
+    ready: Annotated[str, AfterValidator(_ready)] = "none"
+    ready_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 60.0
+
+
+def make_spec(**fields: Any) -> Spec:
+    """Check the fields and make the spec.
+
+    Raises:
+        BadInput: Names the first wrong field, its value and what is allowed.
+    """
+    try:
+        spec = Spec(**fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "spec"
+        why = first["msg"].removeprefix("Value error, ")
+        raise BadInput(field, f"{first.get('input')!r}: {why}", "correct it and run again") from None
+    if not spec.args[0]:
+        raise BadInput("args", "the command is empty", "give a command after --")
+    return spec
