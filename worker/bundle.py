@@ -1,0 +1,127 @@
+"""The OCI bundle of a sandbox: config.json after the OCI runtime specification, by our own code."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from worker.errors import SandbatchError
+from worker.rootfs import DEFAULT_PATH, check_cwd, host_mounts, host_path, resolve_rootfs
+from worker.settings import Settings
+from worker.spec import Spec
+
+OCI_VERSION = "1.0.2"
+NOFILE = 65536
+# A part of docker's set: what an ordinary program run as root expects of its own files and processes.
+CAPABILITIES = (
+    *("CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL"),
+    *("CAP_NET_BIND_SERVICE", "CAP_SETGID", "CAP_SETUID"),
+)
+# None of these needs a folder in the rootfs: gVisor makes the mount points in its own memory. A bind
+# does need one: runsc makes it in the rootfs, on the host (measured), so only `host` has binds.
+MOUNTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("/proc", "proc", ()),
+    ("/dev", "tmpfs", ("nosuid", "mode=755")),
+    ("/dev/pts", "devpts", ()),
+    ("/dev/shm", "tmpfs", ("nosuid", "mode=1777")),  # noqa: S108 - the sandbox's own
+    ("/tmp", "tmpfs", ("nosuid", "nodev", "mode=1777")),  # noqa: S108 - the sandbox's own
+    ("/run", "tmpfs", ("nosuid", "nodev", "mode=755")),
+    ("/sys", "sysfs", ("ro", "nosuid", "noexec", "nodev")),
+)
+
+
+def make_config(spec: Spec, container_id: str, netns_path: Path, settings: Settings) -> dict[str, Any]:
+    """The config.json of a sandbox. Looks at the rootfs, writes nothing but a missing `host` rootfs.
+
+    Raises:
+        BadInput: The rootfs is not there or not allowed, or it lacks the working directory.
+    """
+    is_host = spec.rootfs == "host"
+    rootfs = resolve_rootfs(spec.rootfs, settings)
+    mounts = [*_own_mounts(), *(host_mounts(settings) if is_host else ())]
+    check_cwd(rootfs, spec.cwd, mounts)
+    path = host_path(settings) if is_host else DEFAULT_PATH
+    env = {"PATH": path, "HOME": "/root" if is_host else "/", "HOSTNAME": container_id, **spec.env}
+    return {
+        "ociVersion": OCI_VERSION,
+        "hostname": container_id,
+        "root": {"path": str(rootfs), "readonly": True},
+        "process": {
+            "terminal": False,
+            "user": {"uid": 0, "gid": 0},
+            "args": list(spec.args),
+            "env": [f"{name}={value}" for name, value in env.items()],
+            "cwd": spec.cwd,
+            "noNewPrivileges": True,
+            "capabilities": {kind: list(CAPABILITIES) for kind in ("bounding", "effective", "permitted")},
+            "rlimits": [{"type": "RLIMIT_NOFILE", "soft": NOFILE, "hard": NOFILE}],
+        },
+        "mounts": mounts,
+        "linux": {
+            "namespaces": [
+                *({"type": kind} for kind in ("pid", "ipc", "uts", "mount")),
+                {"type": "network", "path": str(netns_path)},
+            ],
+        },
+    }
+
+
+def _own_mounts() -> list[dict[str, Any]]:
+    return [
+        {"destination": path, "type": kind, "source": kind, "options": list(options)}
+        for path, kind, options in MOUNTS
+    ]
+
+
+def write_bundle(bundle_dir: Path, config: dict[str, Any]) -> None:
+    """Write config.json, by rename. Safe to repeat.
+
+    Not flushed: a bundle that a power cut tears belongs to a sandbox that the cut has ended.
+    """
+    bundle_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    writing = bundle_dir / f".config.json.{uuid4().hex}"
+    writing.write_text(json.dumps(config, indent=1))
+    writing.replace(bundle_dir / "config.json")
+
+
+def remove_bundle(bundle_dir: Path) -> None:
+    """Remove the bundle folder. Safe to repeat. Never follows a symlink or a mount out of it.
+
+    Raises:
+        SandbatchError: Something is mounted in it. Nothing below that was removed.
+    """
+    try:
+        entries = list(os.scandir(bundle_dir))
+    except FileNotFoundError:
+        return
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            _refuse_mount(Path(entry.path))
+            remove_bundle(Path(entry.path))
+        else:
+            _remove_file(Path(entry.path))
+    try:
+        bundle_dir.rmdir()
+    except FileNotFoundError:
+        pass  # a twin was faster
+    except OSError as error:  # EBUSY: it is itself a mount
+        raise SandbatchError(
+            f"bundle {bundle_dir}", str(error.strerror), "see findmnt, unmount it"
+        ) from error
+
+
+def _remove_file(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:  # EBUSY: a file bound over it
+        raise SandbatchError(f"bundle file {path}", str(error.strerror), "see findmnt") from error
+
+
+def _refuse_mount(folder: Path) -> None:
+    """A bind of the same device looks like a plain folder to stat: only the mount table knows."""
+    name = str(folder.resolve())
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        point = line.split()[4].encode().decode("unicode_escape")  # spaces stand there as \040
+        if point == name:
+            raise SandbatchError(f"bundle {folder.parent}", f"{name} is a mount", f"umount {name}")

@@ -1,0 +1,97 @@
+"""Run the stages of one sandbox, and undo them: what every Celery task of a host is a thin skin on."""
+
+from worker.errors import NotReady, SandbatchError
+from worker.journal import Journal
+from worker.stages import STAGE, STAGES, Host, Stage
+
+TERMINAL = ("exited", "failed", "cancelled")
+
+
+def run_stage(host: Host, journal: Journal, name: str) -> bool:
+    """Do one stage; True if it was done now, False if there was nothing (more) to do.
+
+    A stage begun by a worker that died half-way is undone first: its half of the work is unknown.
+
+    Raises:
+        SandbatchError: The stage failed, and says so in the journal. Its undo is still due.
+    """
+    stage = STAGE[name]
+    if journal.is_unwinding or journal.is_done(name):
+        return False
+    if name in journal.begun:
+        undo_stage(host, journal, stage)
+    journal.mark_begun(name)  # before, not after: a failed ADD may already hold an address
+    try:
+        data = stage.do(host, journal)
+    except BaseException as error:  # a time limit of Celery too: the journal must say how it ended
+        journal.mark_failed(name, _words(error))
+        raise
+    journal.mark_done(name, data)
+    return True
+
+
+def begin_waiting(journal: Journal) -> None:
+    """Note that the sandbox is now to answer its probe; nobody holds a launch slot for that."""
+    if "ready" not in journal.begun:
+        journal.mark_begun("ready")
+
+
+def end_waiting(journal: Journal, outcome: str, detail: str) -> bool:
+    """Note what the prober saw; True if the sandbox is running now.
+
+    Raises:
+        NotReady: No answer before the deadline, or the sandbox ended first.
+    """
+    if journal.is_unwinding or journal.is_done("ready"):
+        return False
+    if outcome != "answered":
+        journal.mark_failed("ready", detail)
+        raise NotReady(journal.container_id, detail, "see its log, or give a longer --ready-timeout")
+    journal.mark_done("ready", {"probe": detail})
+    return True
+
+
+def want_end(journal: Journal, final: str, error: dict[str, str] | None = None) -> None:
+    """Turn the sandbox towards its end; the first reason given is kept."""
+    if journal.is_unwinding:
+        return
+    facts: dict[str, object] = {"wanted": final}
+    if error is not None:
+        facts["error"] = error
+    journal.set_facts(**facts)
+
+
+def undo_stage(host: Host, journal: Journal, stage: Stage) -> None:
+    """Undo one stage, if it was begun.
+
+    Raises:
+        SandbatchError: The undo failed; it stays due.
+    """
+    if stage.name not in journal.begun:
+        return
+    journal.mark_undo_begun(stage.name)
+    try:
+        stage.undo(host, journal)
+    except BaseException as error:
+        journal.mark_undo_failed(stage.name, _words(error))
+        raise
+    journal.mark_undone(stage.name)
+
+
+def undo_all(host: Host, journal: Journal) -> None:
+    """Undo what was begun, last stage first; stop at the first failure, as a DEL retried needs its netns."""
+    for stage in reversed(STAGES):
+        undo_stage(host, journal, stage)
+    finish(journal)
+
+
+def finish(journal: Journal) -> None:
+    """Note the terminal state, once nothing is begun any more."""
+    if journal.begun:
+        raise SandbatchError(journal.container_id, f"still holds {', '.join(journal.begun)}", "undo these first")
+    if journal.final is None:
+        journal.set_facts(final=journal.facts.get("wanted", "failed"), stuck=None)
+
+
+def _words(error: BaseException) -> str:
+    return str(error) or type(error).__name__

@@ -1,0 +1,273 @@
+"""The root file systems of sandboxes: shared, read-only, never copied for one sandbox.
+
+`host` is a small generated folder: mount points, symlinks, and the few files of /etc that programs
+need. The programs themselves are the host's own, bound read-only. Each state of the inputs has a
+folder of its own, so that a sandbox keeps the one it began with.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Any
+from uuid import uuid4
+
+from worker.errors import BadInput, SandbatchError
+from worker.settings import Settings
+
+FORMAT = 1  # part of the hash: a change of what is generated makes a new generation
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+PROGRAM_DIRS = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")  # symlinks into /usr, or folders
+EMPTY_DIRS = ("proc", "sys", "dev", "tmp", "run", "usr", "root", "var", "var/www", "var/www/html")
+GENERATED = {
+    "var/www/html/index.html": "Hello World!\n",  # the page of gVisor's CNI tutorial
+    "etc/passwd": "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/usr/sbin/nologin\n",
+    "etc/group": "root:x:0:\ntty:x:5:\nnogroup:x:65534:\n",
+    "etc/hosts": "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n",
+    "etc/nsswitch.conf": "passwd: files\ngroup: files\nhosts: files dns\nservices: files\nprotocols: files\n",
+    "etc/resolv.conf": "# no name server: the sandbox's network names none\n",
+}
+# Of the host's /etc, files that every user may read, and none else: no secrets, no other folder.
+ETC_FILES = (
+    *("ld.so.cache", "ld.so.conf", "mime.types", "services", "protocols", "host.conf", "os-release"),
+    *("localtime", "timezone", "ssl/openssl.cnf"),
+)
+ETC_DIRS = ("ld.so.conf.d", "ssl/certs", "alternatives")
+PRIVATE = b"PRIVATE KEY"
+
+
+def resolve_rootfs(spec_rootfs: str, settings: Settings) -> Path:
+    """The folder of `host` or DIR; `host` is generated where it is missing.
+
+    Raises:
+        BadInput: DIR is no folder, or not below one that the settings allow (symlinks followed).
+    """
+    if spec_rootfs == "host":
+        return host_rootfs(settings)
+    try:
+        found = Path(spec_rootfs).resolve(strict=True)
+    except (OSError, RuntimeError):
+        raise BadInput(f"rootfs {spec_rootfs}", "there is no such folder", "name one on this host") from None
+    if not found.is_dir():
+        raise BadInput(f"rootfs {spec_rootfs}", "it is no folder", "name a folder")
+    allowed = [folder.resolve() for folder in settings.rootfs_allow]
+    if not any(found.is_relative_to(folder) for folder in allowed):
+        known = ", ".join(map(str, allowed)) or "none"
+        raise BadInput(
+            f"rootfs {spec_rootfs}",
+            f"{found} is not below an allowed folder (allowed: {known})",
+            "set SANDBATCH_ROOTFS_ALLOW on the host",
+        )
+    return found
+
+
+def host_rootfs(settings: Settings) -> Path:
+    """The generated root of the host's present state; made where it is not there yet."""
+    plan = _plan()
+    found = _generation(settings, plan)
+    if not found.is_dir():
+        with _builders_lock(settings):
+            if not found.is_dir():  # another builder may have been faster
+                _build(plan, found)
+    return found
+
+
+def host_mounts(settings: Settings) -> list[dict[str, Any]]:
+    """OCI binds of the host's programs: /usr, what is not merged into it, and python's own folder."""
+    return [
+        {"destination": path, "type": "bind", "source": path, "options": ["rbind", "ro", "nosuid", "nodev"]}
+        for path in _bound_paths()
+    ]
+
+
+def host_path(settings: Settings) -> str:
+    """PATH in the host rootfs; python's own folder comes last where /usr has no python."""
+    prefix = _python_prefix()
+    return f"{DEFAULT_PATH}:{prefix}/bin" if prefix else DEFAULT_PATH
+
+
+def prune_host_rootfs(settings: Settings, in_use: set[Path]) -> list[Path]:
+    """Remove old generations and what killed builders left; those in use and today's stay."""
+    keep = {*in_use, _generation(settings, _plan())}
+    with _builders_lock(settings):
+        gone = [path for path in _rootfs_dir(settings).iterdir() if path.is_dir() and path not in keep]
+        for path in gone:
+            shutil.rmtree(path)
+    return gone
+
+
+def check_cwd(rootfs: Path, cwd: str, mounts: list[dict[str, Any]]) -> None:
+    """Refuse a working directory that the rootfs lacks: runsc would make it there, on the host.
+
+    Raises:
+        BadInput: There is no such folder.
+    """
+    binds = {str(m["destination"]): Path(str(m["source"])) for m in mounts if m["type"] == "bind"}
+    if not _host_side(rootfs, cwd, binds).is_dir():
+        raise BadInput(f"cwd {cwd}", "there is no such folder in the rootfs", "name one that it has")
+
+
+def usr_has_python() -> bool:
+    """A python3 on the default PATH that lies below /usr, and so in the sandbox, too."""
+    for folder in ("/usr/bin", "/usr/local/bin"):
+        python = Path(folder, "python3")
+        if python.exists() and python.resolve().is_relative_to("/usr"):
+            return True
+    return False
+
+
+def _python_prefix() -> str | None:
+    prefix = Path(sys.base_prefix).resolve()
+    return None if usr_has_python() or prefix.is_relative_to("/usr") else str(prefix)
+
+
+def _bound_paths() -> list[str]:
+    folders = [f"/{name}" for name in PROGRAM_DIRS if _is_real_dir(Path("/", name))]
+    prefix = _python_prefix()
+    return ["/usr", *folders, *([prefix] if prefix else [])]
+
+
+def _is_real_dir(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _plan() -> dict[str, Any]:
+    """All that the generated folder is made of; two equal plans make equal folders."""
+    return _plan_of(_fingerprint())
+
+
+def _fingerprint() -> tuple[object, ...]:
+    """A cheap look (0.1 ms) that changes when a plan (30 ms) would: packages write by rename."""
+    names = [*ETC_FILES, *ETC_DIRS, "ssl/certs/ca-certificates.crt"]
+    found = [os.lstat(f"/etc/{name}") if os.path.lexists(f"/etc/{name}") else None for name in names]
+    times = ((stat.st_mtime_ns, stat.st_size, stat.st_ino) if stat else None for stat in found)
+    return (*times, *_bound_paths())
+
+
+@lru_cache(maxsize=1)
+def _plan_of(_fingerprint: tuple[object, ...]) -> dict[str, Any]:
+    links = {name: os.readlink(f"/{name}") for name in PROGRAM_DIRS if Path("/", name).is_symlink()}
+    links |= {"var/run": "../run", "var/tmp": "../tmp", "etc/mtab": "../proc/mounts"}
+    copies = {}
+    for path in _etc_paths():
+        inside = str(path.relative_to("/"))
+        found = path.lstat()
+        if path.is_symlink():
+            target = os.readlink(path)
+            # Into /usr or beside it: a link that leads elsewhere could only dangle in the sandbox.
+            if str(path.parent.joinpath(target).resolve()).startswith(("/usr/", "/etc/ssl/certs/")):
+                links[inside] = target
+        elif path.is_file() and found.st_mode & 0o004:
+            copies[inside] = [found.st_size, found.st_mtime_ns, found.st_ino]
+    return {
+        "format": FORMAT,
+        "generated": GENERATED,
+        "links": links,
+        "copies": copies,
+        "binds": _bound_paths(),
+    }
+
+
+def _etc_paths() -> Iterator[Path]:
+    etc = Path("/etc")
+    yield from (etc / name for name in ETC_FILES if os.path.lexists(etc / name))
+    for name in ETC_DIRS:
+        if (etc / name).is_dir():
+            yield from sorted((etc / name).iterdir())
+
+
+def _generation(settings: Settings, plan: dict[str, Any]) -> Path:
+    digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+    return _rootfs_dir(settings) / f"host-{digest[:16]}"
+
+
+def _rootfs_dir(settings: Settings) -> Path:
+    return settings.state_dir / "rootfs"
+
+
+@contextmanager
+def _builders_lock(settings: Settings) -> Iterator[None]:
+    folder = _rootfs_dir(settings)
+    folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _build(plan: dict[str, Any], found: Path) -> None:
+    """Build beside, flush, rename: a generation is there whole or not at all, also after a power cut."""
+    building = found.with_name(f".building-{uuid4().hex}")
+    building.mkdir(mode=0o755)
+    try:
+        for name in (*EMPTY_DIRS, *(bind.lstrip("/") for bind in plan["binds"])):
+            (building / name).mkdir(mode=0o755, parents=True, exist_ok=True)
+        for name, text in plan["generated"].items():
+            _write(building / name, text.encode())
+        for name in plan["copies"]:
+            content = Path("/", name).read_bytes()
+            if PRIVATE not in content:  # somebody's key among the certificates
+                _write(building / name, content)
+        for name, target in plan["links"].items():
+            (building / name).parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+            (building / name).symlink_to(target)
+        for folder, _, _ in os.walk(building):
+            _flush(Path(folder))
+        building.rename(found)
+    except BaseException as error:
+        shutil.rmtree(building)
+        if isinstance(error, OSError):
+            raise SandbatchError("rootfs host", str(error), "see that the state folder has room") from error
+        raise
+    _flush(found.parent)
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    path.chmod(0o644)
+
+
+def _flush(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _host_side(rootfs: Path, path: str, binds: dict[str, Path]) -> Path:
+    """Where `path` of the sandbox lies on the host; symlinks are followed inside the sandbox's root."""
+    left, inside, links = list(PurePosixPath(path).parts[1:]), PurePosixPath("/"), 0
+    while left:
+        part = left.pop(0)
+        if part == "..":
+            inside = inside.parent
+            continue
+        here = _mapped(rootfs, inside / part, binds)
+        if not here.is_symlink():
+            inside /= part
+            continue
+        links += 1
+        if links > 40:  # as the kernel: too many levels
+            return here
+        target = PurePosixPath(os.readlink(here))
+        if target.is_absolute():
+            inside = PurePosixPath("/")
+        left = [part for part in target.parts if part != "/"] + left
+    return _mapped(rootfs, inside, binds)
+
+
+def _mapped(rootfs: Path, inside: PurePosixPath, binds: dict[str, Path]) -> Path:
+    for bind in sorted(binds, key=len, reverse=True):
+        if inside.is_relative_to(bind):
+            return binds[bind] / inside.relative_to(bind)
+    return rootfs / inside.relative_to("/")

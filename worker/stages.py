@@ -1,0 +1,138 @@
+"""The life of a sandbox as one table: each stage with its `do` and its `undo`.
+
+    netns ──▶ network ──▶ bundle ──▶ container ──▶ ready ──▶ running
+
+An undo is safe to repeat and safe after a half-done `do`; `worker.launch` runs the table.
+"""
+
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from worker import bundle as oci
+from worker import conmon, netns
+from worker.cni import Attachment, CniRuntime, result_ips
+from worker.cni_config import find_network
+from worker.errors import SandbatchError
+from worker.journal import Journal
+from worker.rootfs import resolve_rootfs
+from worker.runsc import Runsc
+from worker.settings import Settings
+
+IF_NAME = "eth0"
+
+
+@dataclass(frozen=True)
+class Host:
+    """What the stages need of this host."""
+
+    settings: Settings
+    cni: CniRuntime
+    runsc: Runsc
+
+    @property
+    def conf_dirs(self) -> tuple[Path, Path]:
+        return (self.settings.own_cni_conf_dir, self.settings.cni_conf_dir)
+
+
+def create_netns(host: Host, journal: Journal) -> dict[str, Any]:
+    """Create the named netns, with its loopback up (what the `loopback` plugin does, by netlink)."""
+    netns.create_netns(journal.container_id)
+    return {"path": str(netns.netns_path(journal.container_id))}
+
+
+def delete_netns(host: Host, journal: Journal) -> None:
+    netns.delete_netns(journal.container_id)
+
+
+def attach(host: Host, journal: Journal) -> dict[str, Any]:
+    """CNI ADD; the sandbox's addresses come from its result, since netstack takes them off the link."""
+    network = find_network(journal.spec.network, host.conf_dirs)
+    result = host.cni.cni_add(network, _attachment(journal))
+    return {"result": result, "ips": result_ips(result, IF_NAME)}
+
+
+def detach(host: Host, journal: Journal) -> None:
+    """CNI DEL, with the configuration and the result that ADD had (they are in the cache entry)."""
+    attachment = _attachment(journal)
+    if host.cni.is_attached(journal.spec.network, attachment):
+        network = host.cni.cached_network(journal.spec.network, attachment)
+    else:
+        try:  # ADD never finished: DEL is still due, with the configuration of today
+            network = find_network(journal.spec.network, host.conf_dirs)
+        except SandbatchError:
+            return  # no such network: no plugin can have run
+    host.cni.cni_del(network, attachment)
+
+
+def make_bundle(host: Host, journal: Journal) -> dict[str, Any]:
+    config = oci.make_config(
+        journal.spec, journal.container_id, netns.netns_path(journal.container_id), host.settings
+    )
+    oci.write_bundle(journal.bundle, config)
+    return {"rootfs": str(resolve_rootfs(journal.spec.rootfs, host.settings))}
+
+
+def remove_bundle(host: Host, journal: Journal) -> None:
+    oci.remove_bundle(journal.bundle)
+
+
+def start_container(host: Host, journal: Journal) -> dict[str, Any]:
+    """conmon with `runsc create`, then `runsc start`."""
+    container_id, path = journal.container_id, netns.netns_path(journal.container_id)
+    conmon.create(host.runsc, host.settings, container_id, journal.bundle, journal.log_path, path)
+    host.runsc.start(container_id, path)
+    return {}
+
+
+def end_container(host: Host, journal: Journal) -> None:
+    exit_code = conmon.exit_code(host.settings.exit_dir, journal.container_id)
+    if exit_code is not None and "exit_code" not in journal.facts:
+        journal.set_facts(exit_code=exit_code)  # it ended by itself: keep the code before the file goes
+    conmon.end_container(host.runsc, journal.container_id, journal.bundle, host.settings.exit_dir)
+
+
+def confirm_ready(host: Host, journal: Journal) -> dict[str, Any]:
+    """Nothing to make: the prober has seen the sandbox answer (`worker.prober`)."""
+    return {}
+
+
+def nothing(host: Host, journal: Journal) -> None:
+    """A probe leaves nothing behind."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a launch and what compensates it."""
+
+    name: str
+    do: Callable[[Host, Journal], dict[str, Any]]
+    undo: Callable[[Host, Journal], None]
+
+
+STAGES = (
+    Stage("netns", do=create_netns, undo=delete_netns),
+    Stage("network", do=attach, undo=detach),
+    Stage("bundle", do=make_bundle, undo=remove_bundle),
+    Stage("container", do=start_container, undo=end_container),
+    Stage("ready", do=confirm_ready, undo=nothing),
+)
+STAGE = {stage.name: stage for stage in STAGES}
+
+
+def make_host(settings: Settings, *, hides_sysctl: bool) -> Host:
+    return Host(settings, CniRuntime.from_settings(settings), Runsc.from_settings(settings, hides_sysctl))
+
+
+def local_host_name() -> str:
+    return socket.gethostname()
+
+
+def _attachment(journal: Journal) -> Attachment:
+    return Attachment(
+        container_id=journal.container_id,
+        netns_path=netns.netns_path(journal.container_id),
+        if_name=IF_NAME,
+    )
