@@ -1,0 +1,1 @@
+"""Celery app, messages, states, workflow, record. No subprocess."""
