@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -141,6 +142,7 @@ def test_conmon_that_never_answers_is_ended_with_all_of_its_id(create, runsc, bi
 
 def test_a_host_without_conmon_is_not_ready(create, bin_dir, monkeypatch):
     (bin_dir / "conmon").unlink()
+    (bin_dir / "setpriv").symlink_to(shutil.which("setpriv"))
     monkeypatch.setenv("PATH", str(bin_dir))
     with pytest.raises(HostNotReady, match="conmon"):
         create()

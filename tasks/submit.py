@@ -1,0 +1,67 @@
+"""What clients do: enqueue, remove. By task name, so that a laptop needs nothing of a host."""
+
+import secrets
+from collections.abc import Sequence
+
+from celery import Celery
+from kombu.exceptions import OperationalError
+
+from tasks.app import options
+from tasks.messages import Order
+from tasks.record import Record, public_url
+from worker.errors import BrokerError
+from worker.settings import Settings
+from worker.spec import Spec, new_container_id
+
+BATCH_SIZE = 1000  # messages in one pipeline
+
+
+def submit(app: Celery, record: Record, settings: Settings, specs: Sequence[Spec]) -> tuple[str, list[str]]:
+    """Enqueue sandboxes: the records first, then the messages; returns batch id and sandbox ids.
+
+    Raises:
+        BrokerError: The broker went away half-way; what was written is `queued` and is shown by `ls`.
+    """
+    batch = "b-" + secrets.token_hex(6)
+    ids = [new_container_id() for _ in specs]
+    record.enqueue(batch, list(zip(ids, specs, strict=True)))
+    try:
+        publish_place(app, [(container_id, 1, spec.host) for container_id, spec in zip(ids, specs, strict=True)])
+    except (OperationalError, OSError) as error:
+        raise BrokerError(f"broker {public_url(settings)}", str(error), f"batch {batch} may wait in part") from None
+    return batch, ids
+
+
+def publish_place(app: Celery, wanted: Sequence[tuple[str, int, str | None]]) -> None:
+    """Publish `place` for (id, attempt, host); harmless to repeat."""
+    with app.producer_pool.acquire(block=True) as producer:
+        for container_id, attempt, host in wanted:
+            app.send_task(
+                "sandbatch.place",
+                kwargs={"message": Order(container_id=container_id, attempt=attempt).model_dump()},
+                task_id=f"{container_id}.{attempt}.place",
+                argsrepr=f"place · {container_id} · {host or 'any host'}",
+                kwargsrepr="{}",
+                producer=producer,
+                **options("place", host),
+            )
+
+
+def remove(app: Celery, record: Record, sandbox: dict[str, object]) -> None:
+    """Ask for the end of a sandbox; its host undoes it. One that nobody has taken is cancelled at once."""
+    container_id, attempt = str(sandbox["id"]), int(str(sandbox["attempt"]))
+    if record.cancel(container_id, attempt):
+        return
+    host = (record.get(container_id) or sandbox)["host"]
+    publish_unwind(app, container_id, attempt, str(host), "exited")
+
+
+def publish_unwind(app: Celery, container_id: str, attempt: int, host: str, final: str) -> None:
+    """Publish the undo of whatever the sandbox holds on `host`; harmless to repeat."""
+    app.send_task(
+        "sandbatch.unwind",
+        kwargs={"message": Order(container_id=container_id, attempt=attempt).model_dump(), "final": final},
+        argsrepr=f"unwind · {container_id} · {host}",
+        kwargsrepr="{}",
+        **options("unwind", host),
+    )

@@ -1,0 +1,300 @@
+"""The Celery tasks of a host: one a stage, one an undo, each a thin skin on `worker.launch`.
+
+    place ─▶ netns ─▶ network ─▶ bundle ─▶ container ┄ prober ┄▶ ready
+               └──────── any failure: unwind ─▶ undo.container ─▶ undo.bundle ─▶ undo.network ─▶ undo.netns
+"""
+
+import logging
+import random
+import time
+from functools import lru_cache
+from typing import Any
+
+import redis
+from celery import Celery, Task, chain
+from celery.canvas import Signature
+from celery.exceptions import Ignore, Reject
+
+from tasks.app import make_app, options, settings
+from tasks.messages import Order, read_order
+from tasks.record import Record, connect
+from tasks.state import State
+from worker import journal as journals
+from worker.errors import Busy, JournalError, SandbatchError
+from worker.journal import Journal
+from worker.launch import begin_waiting, end_waiting, finish, run_stage, undo_stage, want_end
+from worker.prober import hand_over
+from worker.probe_runsc import probe
+from worker.spec import Spec
+from worker.stages import STAGE, STAGES, Host, make_host
+
+log = logging.getLogger("sandbatch")
+
+MAX_TRIES, MAX_TRYING_S = 5, 60.0  # of one stage or undo whose error can pass
+BUSY_WAIT_S = 2.0  # a twin of a message ends within the time of one stage
+MAX_BUSY_TRIES = 60
+LAUNCH_STAGES = tuple(stage.name for stage in STAGES if stage.name != "ready")
+UNDO_STAGES = tuple(reversed(LAUNCH_STAGES))  # a probe holds nothing
+
+app: Celery = make_app(settings(), settings().host)
+
+
+@lru_cache(maxsize=1)
+def this_host() -> Host:
+    """What the stages need, made once a process; the probe of runsc is remembered on disk."""
+    return make_host(settings(), hides_sysctl=probe(settings()).hides_sysctl)
+
+
+@lru_cache(maxsize=1)
+def record() -> Record:
+    return Record(connect(settings(), patient=True))
+
+
+# -- signatures ----------------------------------------------------------------------------------
+
+
+def step(name: str, order: Order, **more: Any) -> Signature[Any]:
+    """An immutable signature of one step on this host, with the words that Flower shows."""
+    host = settings().host
+    return app.signature(
+        f"sandbatch.{name}",
+        kwargs={"message": order.model_dump(), **more},
+        immutable=True,
+        argsrepr=f"{name} · {order.container_id} · {host}",
+        kwargsrepr="{}",
+        **options(name, host),
+    )
+
+
+def launch_chain(order: Order, first: str = LAUNCH_STAGES[0]) -> Signature[Any]:
+    """The stages from `first` on; whichever fails, the errback unwinds.
+
+    The errback is bound: only so does Celery publish it, to the host's queue, instead of running
+    it where the failure was noticed (celery/backends/base.py, _call_task_errbacks).
+    """
+    left = LAUNCH_STAGES[LAUNCH_STAGES.index(first) :]
+    return chain(*(step(name, order) for name in left)).on_error(step("unwind", order, final="failed"))
+
+
+def undo_chain(order: Order, begun: list[str]) -> Signature[Any]:
+    """The undos of what was begun, in reverse; a chain stops at the first that fails, as it must."""
+    return chain(*(step(f"undo.{name}", order) for name in UNDO_STAGES if name in begun))
+
+
+# -- tasks ---------------------------------------------------------------------------------------
+
+
+@app.task(name="sandbatch.place", bind=True, max_retries=None)
+def place(self: "Task[Any, Any]", message: dict[str, Any]) -> dict[str, str]:
+    """Take a sandbox for this host, begin its journal, publish its stages; returns the host."""
+    order, host = read_order(message), settings().host
+    try:
+        known = record().spec(order.container_id)
+        if known is None or not record().claim(order.container_id, host, order.attempt):
+            raise Ignore  # cancelled, another host's, or a twin of this message after it moved on
+    except redis.ConnectionError as error:
+        raise Reject(error, requeue=True) from error
+    try:
+        spec = Spec.model_validate_json(known[0])
+    except ValueError as error:
+        reason = {"stage": "place", "message": f"the host refuses the spec: {error}"[:400]}
+        record().put(order.container_id, State.FAILED, order.attempt, {"error": _json(reason)}, host=host)
+        raise
+    journals.create(
+        settings().sandboxes_dir, order.container_id, attempt=order.attempt, batch=known[1], spec=spec
+    )
+    with journals.locked(settings().sandboxes_dir, order.container_id, wait_s=BUSY_WAIT_S) as journal:
+        if journal.attempt == order.attempt and not journal.begun:
+            launch_chain(order).apply_async()
+    return {"host": host}
+
+
+def _stage_task(name: str) -> None:
+    @app.task(name=f"sandbatch.{name}", bind=True, max_retries=None)
+    def do_stage(self: "Task[Any, Any]", message: dict[str, Any]) -> None:
+        order = read_order(message)
+        try:
+            with _journal(order) as journal:
+                if not run_stage(this_host(), journal, name):
+                    _skip(journal, name)
+                elif name == LAUNCH_STAGES[-1]:
+                    begin_waiting(journal)
+        except SandbatchError as error:
+            raise _again(self, order, error) from error
+        report(journal)
+        if name == LAUNCH_STAGES[-1]:
+            hand_over(settings(), order.container_id)
+
+    do_stage.__doc__ = f"Do stage {name}: see worker.stages."
+
+
+def _undo_task(name: str) -> None:
+    @app.task(name=f"sandbatch.undo.{name}", bind=True, max_retries=None)
+    def undo(self: "Task[Any, Any]", message: dict[str, Any]) -> None:
+        order = read_order(message)
+        try:
+            with _journal(order) as journal:
+                if not journal.is_unwinding:
+                    raise Ignore  # of an attempt to end it that never was: undo needs the intent
+                undo_stage(this_host(), journal, STAGE[name])
+                _finish_if_empty(journal)
+        except SandbatchError as error:
+            try:
+                raise _again(self, order, error) from error
+            except SandbatchError:
+                _mark_stuck(order, name, error)
+                raise
+        _tell_end(journal)
+
+    undo.__doc__ = f"Undo stage {name}: see worker.stages."
+
+
+for _name in LAUNCH_STAGES:
+    _stage_task(_name)
+    _undo_task(_name)
+
+
+@app.task(name="sandbatch.ready", bind=True, max_retries=None)
+def ready(self: "Task[Any, Any]", message: dict[str, Any], outcome: str, detail: str) -> None:
+    """Note what the prober saw: the sandbox is running, or failed."""
+    order = read_order(message)
+    try:
+        with _journal(order) as journal:
+            if end_waiting(journal, outcome, detail):
+                journal.set_facts(running_at=journals.now())
+    except Busy as error:
+        raise _again(self, order, error) from error
+    report(journal)
+
+
+@app.task(name="sandbatch.unwind", bind=True, max_retries=None)
+def unwind(self: "Task[Any, Any]", message: dict[str, Any], final: str) -> None:
+    """Turn a sandbox towards its end and publish the undos; the errback of a launch, and `rm`."""
+    order = read_order(message)
+    try:
+        with journals.locked(settings().sandboxes_dir, order.container_id, wait_s=BUSY_WAIT_S) as journal:
+            if journal.attempt != order.attempt and final == State.FAILED:
+                raise Ignore  # a failure of an attempt that is over
+            want_end(journal, final, _first_error(journal) if final == State.FAILED else None)
+            if "ready" in journal.begun:
+                undo_stage(this_host(), journal, STAGE["ready"])
+            order = Order(container_id=order.container_id, attempt=journal.attempt)
+            if journal.begun:
+                undo_chain(order, journal.begun).apply_async()
+            else:
+                _finish_if_empty(journal)
+    except JournalError:
+        _end_without_journal(order, final)
+        raise Ignore from None
+    except Busy as error:
+        raise _again(self, order, error) from error
+    _tell_end(journal)
+
+
+# -- what the tasks share --------------------------------------------------------------------------
+
+
+def _journal(order: Order) -> Any:
+    """The journal under its lock; `Ignore` for an attempt that is over or a sandbox that has ended."""
+    return _Fenced(order)
+
+
+class _Fenced:
+    def __init__(self, order: Order) -> None:
+        self._order = order
+        self._manager = journals.locked(settings().sandboxes_dir, order.container_id, wait_s=BUSY_WAIT_S)
+
+    def __enter__(self) -> Journal:
+        try:
+            journal = self._manager.__enter__()
+        except JournalError as error:
+            if (settings().sandboxes_dir / self._order.container_id).exists():
+                raise  # it is there and cannot be read: that is a failure, not an end
+            raise Ignore from error
+        if journal.attempt != self._order.attempt or journal.final:
+            self._manager.__exit__(None, None, None)
+            raise Ignore
+        return journal
+
+    def __exit__(self, *details: Any) -> None:
+        self._manager.__exit__(*details)
+
+
+def _skip(journal: Journal, name: str) -> None:
+    """A stage that had nothing to do: go on with the chain only if the next stage has not begun."""
+    following = [stage.name for stage in STAGES][[stage.name for stage in STAGES].index(name) + 1]
+    if journal.is_unwinding or following in journal.begun:
+        raise Ignore
+
+
+def _again(task: "Task[Any, Any]", order: Order, error: SandbatchError) -> BaseException:
+    """Retry with backoff and jitter where the error can pass, within both limits; else the error itself."""
+    tries = task.request.retries or 0
+    first_at = float((task.request.headers or {}).get("first_at") or time.time())
+    limit = MAX_BUSY_TRIES if isinstance(error, Busy) else MAX_TRIES
+    if not error.can_pass or tries >= limit or time.time() - first_at > MAX_TRYING_S * (1 + limit // MAX_TRIES):
+        return error
+    delay_s = min(0.2 * 2**tries, 5.0) * random.uniform(0.5, 1.5)  # noqa: S311 - jitter, no secret
+    return task.retry(countdown=delay_s, exc=error, throw=False, headers={"first_at": str(first_at)})
+
+
+def _first_error(journal: Journal) -> dict[str, str]:
+    """The stage that failed, in the words of its journal; a lost process leaves a stage without an end."""
+    for run in journal.runs:
+        if run.verb == "do" and run.state == "failed" and run.error:
+            last = [r for r in journal.runs if r.verb == "do" and r.state == "failed"][-1]
+            return {"stage": last.name, "message": str(last.error)}
+    begun = [run for run in journal.runs if run.verb == "do" and run.state == "begun"]
+    stage = begun[-1].name if begun else "place"
+    return {"stage": stage, "message": "the process that did it was lost"}
+
+
+def _finish_if_empty(journal: Journal) -> None:
+    if not journal.begun and journal.final is None:
+        finish(journal)
+        journal.set_facts(ended_at=journals.now())
+
+
+def _mark_stuck(order: Order, stage: str, error: SandbatchError) -> None:
+    with journals.locked(settings().sandboxes_dir, order.container_id, wait_s=BUSY_WAIT_S) as journal:
+        facts: dict[str, Any] = {"stuck": {"stage": stage, "message": str(error)}}
+        journal.set_facts(**facts)
+    report(journal)
+
+
+def _tell_end(journal: Journal) -> None:
+    """Report; and once the record knows the end, forget the journal."""
+    if report(journal) and journal.final:
+        forget(journal)
+
+
+def forget(journal: Journal) -> None:
+    try:
+        with journals.locked(settings().sandboxes_dir, journal.container_id) as current:
+            if current.final:
+                current.remove()
+    except (Busy, JournalError):
+        return  # another task has just done it, or does it now
+
+
+def report(journal: Journal) -> bool:
+    """Bring the record up to the journal; False if the broker is away: reconcile reports later."""
+    try:
+        record().report(journal, settings().host)
+    except redis.RedisError as error:
+        log.warning("report of %s waits: %s", journal.container_id, error)
+        return False
+    return True
+
+
+def _end_without_journal(order: Order, final: str) -> None:
+    """A sandbox that this host never began (or has forgotten) ends in the record alone."""
+    if (settings().sandboxes_dir / order.container_id).exists():
+        return  # a journal that cannot be read: audit shows it, nothing is claimed about it
+    record().put(order.container_id, State(final), order.attempt, {}, host=settings().host)
+
+
+def _json(value: Any) -> str:
+    import json
+
+    return json.dumps(value)

@@ -1,0 +1,395 @@
+"""Containers by real runsc and conmon: started, answering, ended, and nothing left of them.
+
+Every test runs with `runsc` of the PATH and with each that SANDBATCH_TEST_RUNSC names.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from worker import bundle, conmon, procs, rootfs
+from worker.errors import ProcessTimeout, RunscError
+from worker.probe_runsc import probe
+from worker.runsc import Runsc
+from worker.settings import Settings
+from worker.spec import make_spec, new_container_id
+
+pytestmark = pytest.mark.usefixtures("host_parts")
+
+RUNSCS = ["runsc", *filter(None, os.environ.get("SANDBATCH_TEST_RUNSC", "").split(":"))]
+KILLS = 12
+HTTP_SERVER = ["python3", "-m", "http.server", "8000"]
+
+
+@dataclass
+class Sandbox:
+    """One container of a test, with what it needs: a netns with an address, a bundle."""
+
+    runsc: Runsc
+    settings: Settings
+    number: int
+    container_id: str = field(default_factory=new_container_id)
+
+    @property
+    def folder(self) -> Path:
+        return self.settings.sandboxes_dir / self.container_id
+
+    @property
+    def bundle_dir(self) -> Path:
+        return self.folder / "bundle"
+
+    @property
+    def netns_path(self) -> Path:
+        return Path("/var/run/netns") / self.container_id
+
+    @property
+    def ip(self) -> str:
+        return f"198.19.{self.number}.2"
+
+    def prepare(self, **fields) -> None:
+        """A netns on a veth pair of its own, as CNI would leave it, and the bundle."""
+        host_end, peer = f"sbtest{self.number}", f"sbpeer{self.number}"
+        _ip("netns", "add", self.container_id)
+        _ip("link", "add", host_end, "type", "veth", "peer", "name", peer)
+        _ip("link", "set", peer, "netns", self.container_id, "name", "eth0")
+        _ip("addr", "add", f"198.19.{self.number}.1/30", "dev", host_end)
+        _ip("link", "set", host_end, "up")
+        _ip("-n", self.container_id, "addr", "add", f"{self.ip}/30", "dev", "eth0")
+        _ip("-n", self.container_id, "link", "set", "lo", "up")
+        _ip("-n", self.container_id, "link", "set", "eth0", "up")
+        spec = make_spec(**fields)
+        config = bundle.make_config(spec, self.container_id, self.netns_path, self.settings)
+        bundle.write_bundle(self.bundle_dir, config)
+
+    def create(self) -> None:
+        log_path = self.folder / "log"
+        conmon.create(
+            self.runsc, self.settings, self.container_id, self.bundle_dir, log_path, self.netns_path
+        )
+
+    def run(self, *args: str, **fields) -> None:
+        self.prepare(args=list(args), **fields)
+        self.create()
+        self.runsc.start(self.container_id, self.netns_path)
+
+    def wait(self) -> int | None:
+        assert conmon.wait_for_exit(self.runsc, self.container_id, 30), "it goes on"
+        return conmon.exit_code(self.settings.exit_dir, self.container_id)
+
+    def log(self) -> str:
+        return conmon.tail_log(self.folder / "log", lines=50)
+
+    def end(self) -> None:
+        conmon.end_container(self.runsc, self.container_id, self.bundle_dir, self.settings.exit_dir)
+
+    def remove(self) -> None:
+        self.end()
+        bundle.remove_bundle(self.bundle_dir)
+        subprocess.run(["ip", "netns", "del", self.container_id], check=False, capture_output=True)
+        subprocess.run(["ip", "link", "del", f"sbtest{self.number}"], check=False, capture_output=True)
+
+    def leftovers(self) -> list[str]:
+        """Whatever on this host still bears the id, the netns, bundle and log aside."""
+        found = [f"process {proc}" for proc in procs.processes_of(self.runsc.root, self.container_id)]
+        for folder in (self.runsc.root, self.settings.exit_dir):
+            found += [str(path) for path in folder.rglob(f"*{self.container_id}*")]
+        mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+        found += [line for line in mounts if str(self.settings.run_dir) in line or str(self.folder) in line]
+        return found + [f"process {pid} in the netns" for pid in self.netns_holders()]
+
+    def netns_holders(self) -> list[int]:
+        """Processes that live in the netns: named by nothing but this, such as gVisor's stubs."""
+        wanted, found = self.netns_path.stat().st_ino, []
+        for name in filter(str.isdecimal, os.listdir("/proc")):
+            try:
+                if os.stat(f"/proc/{name}/ns/net").st_ino == wanted:
+                    found.append(int(name))
+            except OSError:
+                continue  # it ended, or is a zombie
+        return found
+
+
+@pytest.fixture(scope="module", params=RUNSCS)
+def host(request, tmp_path_factory):
+    """Settings of one runsc in folders of this test's own, judged by the probe."""
+    folder = tmp_path_factory.mktemp("host")
+    settings = Settings(
+        state_dir=folder / "state",
+        run_dir=folder / "run",
+        runsc=request.param,
+        rootfs_allow=(folder / "roots",),
+    )
+    found = probe(settings)
+    assert found.ok, found.error
+    return settings, Runsc.from_settings(settings, found.hides_sysctl)
+
+
+@pytest.fixture
+def make_sandbox(host):
+    settings, runsc = host
+    made: list[Sandbox] = []
+
+    def make(**changes) -> Sandbox:
+        sandbox = Sandbox(changes.get("runsc", runsc), settings, number=100 + len(made))
+        made.append(sandbox)
+        return sandbox
+
+    yield make
+    for sandbox in made:
+        sandbox.remove()
+
+
+def test_the_tutorials_server_answers_on_the_address_of_its_netns(make_sandbox):
+    sandbox = make_sandbox()
+    sandbox.run(*HTTP_SERVER, cwd="/var/www/html")
+    assert _fetch(f"http://{sandbox.ip}:8000/") == "Hello World!\n"
+    assert sandbox.runsc.state(sandbox.container_id)["status"] == "running"
+    assert [state["id"] for state in sandbox.runsc.list()] == [sandbox.container_id]
+    sandbox.end()
+    assert sandbox.leftovers() == []
+
+
+def test_exit_code_and_both_streams_are_kept(make_sandbox):
+    sandbox = make_sandbox()
+    sandbox.run("sh", "-c", "echo out; echo err >&2; exit 7")
+    assert sandbox.wait() == 7
+    assert set(sandbox.log().splitlines()) == {"out", "err"}
+    sandbox.end()
+    assert sandbox.leftovers() == []
+
+
+def test_signals_reach_the_command(make_sandbox):
+    sandbox = make_sandbox()
+    sandbox.run("sh", "-c", "trap 'exit 9' TERM; echo ready; while :; do sleep 0.05; done")
+    _wait_for(lambda: "ready" in sandbox.log())
+    sandbox.runsc.kill(sandbox.container_id, "TERM")
+    assert sandbox.wait() == 9
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [("nope", 'error finding executable "nope" in PATH'), ("/nope", "failed to load /nope")],
+)
+def test_a_missing_command_fails_with_runscs_own_words(make_sandbox, command, words):
+    sandbox = make_sandbox()
+    with pytest.raises(RunscError, match=words):
+        sandbox.run(command)
+    sandbox.end()
+    assert sandbox.leftovers() == []
+
+
+def test_a_sandbox_sees_the_hosts_programs_and_none_of_its_secrets(make_sandbox):
+    sandbox = make_sandbox()
+    script = """
+    for path in /etc/shadow /home /boot /etc/ssl/private; do [ ! -e $path ] || echo found $path; done
+    touch /x /usr/x /etc/x 2>/dev/null && echo written
+    touch /tmp/x /run/x /dev/shm/x || echo not writable
+    ls /root | wc -l; hostname; getent passwd nobody | cut -d: -f1; cat /proc/net/dev | grep -c eth0
+    """
+    sandbox.run("sh", "-c", script)
+    assert sandbox.wait() == 0
+    assert sandbox.log().splitlines() == ["0", sandbox.container_id, "nobody", "1"]
+
+
+def test_the_shared_rootfs_stays_as_it_was(make_sandbox):
+    sandbox = make_sandbox()
+    root = rootfs.host_rootfs(sandbox.settings)
+    before = sorted(map(str, root.rglob("*")))
+    sandbox.run("sh", "-c", "ls /; mkdir /new; echo x >/etc/passwd")
+    sandbox.wait()
+    sandbox.end()
+    assert sorted(map(str, root.rglob("*"))) == before
+
+
+def test_a_users_rootfs_without_mount_points_works_and_is_not_written_to(make_sandbox):
+    """gVisor makes /proc, /dev, /tmp … in its own memory; only binds and cwd would be made on the host."""
+    sandbox = make_sandbox()
+    root = sandbox.settings.rootfs_allow[0] / sandbox.container_id
+    _copy_program("sh", root)
+    before = sorted(root.rglob("*"))
+    sandbox.run(
+        "/bin/sh", "-c", "echo x >/tmp/x && echo </proc/self/stat >/dev/null && echo fine", rootfs=str(root)
+    )
+    assert sandbox.wait() == 0
+    assert sandbox.log() == "fine"
+    sandbox.end()
+    assert sorted(root.rglob("*")) == before
+
+
+def test_python_outside_of_usr_is_bound_and_runs(make_sandbox, monkeypatch):
+    """As on machines whose python is pyenv's below /root: that folder, and nothing else of /root."""
+    if Path(sys.base_prefix).is_relative_to("/usr"):
+        pytest.skip("this python lies below /usr: there is none elsewhere to try")
+    monkeypatch.setattr(rootfs, "usr_has_python", lambda: False)
+    sandbox = make_sandbox()
+    sandbox.run(
+        f"{Path(sys.base_prefix).resolve()}/bin/python3",
+        "-c",
+        "import sys, ssl, os; print(sys.base_prefix); print(os.listdir('/root'))",
+    )
+    assert sandbox.wait() == 0
+    prefix = Path(sys.base_prefix).resolve()
+    inside = [prefix.relative_to("/root").parts[0]] if prefix.is_relative_to("/root") else []
+    assert sandbox.log().splitlines() == [str(prefix), str(inside)]
+
+
+def test_ten_at_once_all_answer_and_all_end(make_sandbox):
+    sandboxes = [make_sandbox() for _ in range(10)]
+    with ThreadPoolExecutor(10) as pool:
+        list(pool.map(lambda sandbox: sandbox.run(*HTTP_SERVER, cwd="/var/www/html"), sandboxes))
+        pages = list(pool.map(lambda sandbox: _fetch(f"http://{sandbox.ip}:8000/"), sandboxes))
+        list(pool.map(Sandbox.end, sandboxes))
+    assert pages == ["Hello World!\n"] * 10
+    assert [left for sandbox in sandboxes for left in sandbox.leftovers()] == []
+
+
+def test_the_undo_ends_a_running_container_fast_and_may_be_repeated(make_sandbox):
+    sandbox = make_sandbox()
+    sandbox.run("sleep", "100")
+    began = time.monotonic()
+    sandbox.end()
+    assert time.monotonic() - began < 1.0  # measured: 5 ms
+    sandbox.end()
+    assert sandbox.leftovers() == []
+
+
+def test_an_undo_leaves_the_neighbour_running(make_sandbox):
+    """Nor does it touch one whose id begins alike: runsc itself would."""
+    ended, neighbour = make_sandbox(), make_sandbox()
+    neighbour.container_id = ended.container_id[:-1] + ("0" if ended.container_id[-1] != "0" else "1")
+    for sandbox in (ended, neighbour):
+        sandbox.run("sleep", "100")
+    ended.end()
+    assert ended.leftovers() == []
+    assert neighbour.runsc.state(neighbour.container_id)["status"] == "running"
+
+
+@pytest.mark.parametrize("role", ["conmon", "sandbox", "gofer"])
+def test_after_sigkill_of_any_process_the_undo_leaves_nothing(make_sandbox, role):
+    sandbox = make_sandbox()
+    sandbox.run("sleep", "100")
+    found = procs.processes_of(sandbox.runsc.root, sandbox.container_id)
+    assert procs.end([proc for proc in found if proc.role == role], timeout_s=5) == []
+    sandbox.end()
+    assert sandbox.leftovers() == []
+
+
+@pytest.mark.parametrize("role", ["conmon", "runsc", "sandbox"])
+def test_a_create_killed_half_way_leaves_nothing_after_the_undo(make_sandbox, role):
+    """A killed `runsc create` leaves a spinning sandbox, a gofer and a socket that blocks the id."""
+    rng, sandbox = random.Random(role), make_sandbox()  # noqa: S311 - moments, not secrets
+    sandbox.prepare(args=["sleep", "100"])
+    for _ in range(KILLS):
+        delay_s = rng.uniform(0.0, 0.12)
+        killer = threading.Timer(delay_s, _kill_role, (sandbox, role))
+        killer.start()
+        try:
+            sandbox.create()
+        except RunscError:
+            pass  # as expected where the kill came before the answer
+        finally:
+            killer.join()
+        sandbox.end()
+        assert sandbox.leftovers() == [], f"killed {role} after {delay_s * 1000:.0f} ms"
+    sandbox.create()  # and the id can be used again
+    sandbox.runsc.start(sandbox.container_id, sandbox.netns_path)
+
+
+def test_conmon_and_sandbox_outlive_the_worker(make_sandbox):
+    """SIGKILL to the worker's whole process group, as a shell's or a supervisor's kill does."""
+    sandbox = make_sandbox()
+    sandbox.prepare(args=["sh", "-c", "sleep 0.5; exit 5"])
+    worker = os.fork()
+    if worker == 0:
+        os.setpgid(0, 0)
+        sandbox.create()
+        sandbox.runsc.start(sandbox.container_id, sandbox.netns_path)
+        os.killpg(0, signal.SIGKILL)
+    os.waitpid(worker, 0)
+    assert sandbox.wait() == 5
+
+
+def test_a_create_that_hangs_ends_at_its_deadline_with_all_it_began(make_sandbox, host, tmp_path):
+    """`--platform=kvm` without a real KVM hangs so: a runsc that never comes back."""
+    binary = tmp_path / "runsc"
+    binary.write_text(f'#!/bin/sh\n[ "$1" = flags ] && exec {host[1].binary} flags\nsleep 60\n')
+    binary.chmod(0o755)
+    _, runsc = host
+    hanging = Runsc(binary, runsc.root, runsc.platform, runsc.network, 1.0, runsc.hides_sysctl, runsc.run_dir)
+    sandbox = make_sandbox(runsc=hanging)
+    sandbox.prepare(args=["true"])
+    began = time.monotonic()
+    with pytest.raises(ProcessTimeout):
+        sandbox.create()
+    assert time.monotonic() - began < 5
+    assert sandbox.leftovers() == []
+
+
+def test_the_probe_is_remembered_and_leaves_nothing(host):
+    settings, _ = host
+    again = probe(settings)
+    assert again.ok
+    assert (settings.state_dir / "runsc-probe.json").exists()
+    assert list(settings.run_dir.glob("probe-*")) == []
+
+
+def test_a_runsc_that_cannot_run_a_sandbox_is_refused_with_the_reason(host, tmp_path):
+    """The words are those of a runsc that was built without CGO_ENABLED=0."""
+    binary = tmp_path / "runsc"
+    binary.write_text(
+        '#!/bin/sh\necho "creating container: waiting for sandbox to start: EOF" >&2\nexit 128\n'
+    )
+    binary.chmod(0o755)
+    found = probe(host[0].model_copy(update={"runsc": str(binary)}))
+    assert not found.ok
+    assert "waiting for sandbox to start: EOF" in found.error
+    assert "CGO_ENABLED=0" in found.error
+
+
+def _ip(*args: str) -> None:
+    subprocess.run(["ip", *args], check=True, capture_output=True)
+
+
+def _fetch(url: str) -> str:
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            with urllib.request.urlopen(url, timeout=2) as answer:  # noqa: S310 - our own address
+                return answer.read().decode()
+        except (urllib.error.URLError, OSError):
+            assert time.monotonic() < deadline, f"{url} does not answer"
+            time.sleep(0.02)
+
+
+def _wait_for(is_so) -> None:
+    deadline = time.monotonic() + 30
+    while not is_so():
+        assert time.monotonic() < deadline, "it does not come"
+        time.sleep(0.02)
+
+
+def _kill_role(sandbox: Sandbox, role: str) -> None:
+    found = procs.processes_of(sandbox.runsc.root, sandbox.container_id)
+    procs.end([proc for proc in found if proc.role == role], timeout_s=5)
+
+
+def _copy_program(name: str, root: Path) -> None:
+    """A root with one program and its libraries, and nothing else."""
+    program = subprocess.run(["which", name], check=True, capture_output=True, text=True).stdout.strip()
+    lines = subprocess.run(["ldd", program], check=True, capture_output=True, text=True).stdout.split()
+    for path in (program, *(word for word in lines if word.startswith("/"))):
+        target = root / ("bin/" + name if path == program else path.lstrip("/"))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(Path(path).read_bytes())
+        target.chmod(0o755)
