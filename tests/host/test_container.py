@@ -323,7 +323,7 @@ def test_conmon_and_sandbox_outlive_the_worker(make_sandbox):
 def test_a_create_that_hangs_ends_at_its_deadline_with_all_it_began(make_sandbox, host, tmp_path):
     """`--platform=kvm` without a real KVM hangs so: a runsc that never comes back."""
     binary = tmp_path / "runsc"
-    binary.write_text(f'#!/bin/sh\n[ "$1" = flags ] && exec {host[1].binary} flags\nsleep 60\n')
+    binary.write_text(f'#!/bin/sh\n[ "$1" = flags ] && exec {host[1].binary} flags\nkill -STOP $$\n')
     binary.chmod(0o755)
     _, runsc = host
     hanging = Runsc(binary, runsc.root, runsc.platform, runsc.network, 1.0, runsc.hides_sysctl, runsc.run_dir)
