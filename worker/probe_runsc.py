@@ -1,5 +1,6 @@
 """Judge this host's runsc by running a sandbox with it, not by its version."""
 
+import fcntl
 import json
 import os
 import platform
@@ -7,6 +8,8 @@ import re
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from uuid import uuid4
@@ -46,10 +49,28 @@ def probe(settings: Settings) -> RunscProbe:
     key, cache = _key(runsc), settings.state_dir / "runsc-probe.json"
     known = _load(cache, key)
     if known is None:
-        known = _probe(runsc, settings)
+        with _only_probe(settings):
+            _sweep(runsc, settings)
+            known = _probe(runsc, settings)
         if known.ok:  # a failure is looked at again: what it lacked may be there by now
             _save(cache, key, known)
     return known
+
+
+@contextmanager
+def _only_probe(settings: Settings) -> Iterator[None]:
+    settings.run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
+    with (settings.run_dir / "probe.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _sweep(runsc: Runsc, settings: Settings) -> None:
+    """End what a probe that was killed has left; under the lock no other can be at work."""
+    for folder in settings.run_dir.glob("probe-*"):
+        for sandbox in folder.glob("sb-*"):
+            _remove(replace(runsc, root=folder / "root"), sandbox.name, folder)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _probe(runsc: Runsc, settings: Settings) -> RunscProbe:
@@ -68,13 +89,13 @@ def _probe(runsc: Runsc, settings: Settings) -> RunscProbe:
 def _run_sandbox(runsc: Runsc, settings: Settings) -> str:
     """Run `true` in a sandbox with an address; the error's words, or nothing. Leaves nothing behind."""
     container_id = new_container_id()
-    settings.run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="probe-", dir=settings.run_dir))
     runsc = replace(
         runsc, root=folder / "root", run_dir=folder, timeout_s=min(runsc.timeout_s, PROBE_TIMEOUT_S)
     )
     own = settings.model_copy(update={"run_dir": folder})  # exit files: not among those of real sandboxes
     bundle_dir = folder / container_id / "bundle"
+    bundle_dir.mkdir(parents=True)  # first of all: by its name a later probe knows what to sweep
     try:
         netns_path = _make_netns(container_id)
         spec = make_spec(args=["true"])
@@ -89,9 +110,13 @@ def _run_sandbox(runsc: Runsc, settings: Settings) -> str:
     except (RunscError, ProcessTimeout) as error:
         return error.why
     finally:
-        conmon.end_container(runsc, container_id, bundle_dir, own.exit_dir)
-        netns.delete_netns(container_id)
-        shutil.rmtree(folder)
+        _remove(runsc, container_id, folder)
+
+
+def _remove(runsc: Runsc, container_id: str, folder: Path) -> None:
+    conmon.end_container(runsc, container_id, folder / container_id / "bundle", folder / "exits")
+    netns.delete_netns(container_id)
+    shutil.rmtree(folder)
 
 
 def _make_netns(container_id: str) -> Path:

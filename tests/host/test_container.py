@@ -344,6 +344,26 @@ def test_the_probe_is_remembered_and_leaves_nothing(host):
     assert list(settings.run_dir.glob("probe-*")) == []
 
 
+def test_a_probe_that_was_killed_is_swept_by_the_next(host):
+    """Else its sandbox would run on, below a runsc root that nothing else knows."""
+    settings, runsc = host
+    prober = os.fork()
+    if prober == 0:
+        os.setpgid(0, 0)
+        (settings.state_dir / "runsc-probe.json").unlink()
+        probe(settings)
+        os._exit(0)
+    _wait_for(lambda: _probe_processes(settings))
+    os.kill(prober, signal.SIGKILL)
+    os.waitpid(prober, 0)
+    [folder] = settings.run_dir.glob("probe-*")
+    [container_id] = [path.name for path in folder.glob("sb-*")]
+    assert probe(settings).ok
+    assert list(settings.run_dir.glob("probe-*")) == []
+    assert procs.processes_of(folder / "root", container_id) == []
+    assert not (Path("/var/run/netns") / container_id).exists()
+
+
 def test_a_runsc_that_cannot_run_a_sandbox_is_refused_with_the_reason(host, tmp_path):
     """The words are those of a runsc that was built without CGO_ENABLED=0."""
     binary = tmp_path / "runsc"
@@ -377,6 +397,11 @@ def _wait_for(is_so) -> None:
     while not is_so():
         assert time.monotonic() < deadline, "it does not come"
         time.sleep(0.02)
+
+
+def _probe_processes(settings: Settings) -> list[procs.Proc]:
+    roots = [folder / "root" for folder in settings.run_dir.glob("probe-*")]
+    return [proc for root in roots for proc in procs.all_sandbox_processes(root)]
 
 
 def _kill_role(sandbox: Sandbox, role: str) -> None:

@@ -1,0 +1,148 @@
+"""What the commands without root do with the broker: find, validate, wait."""
+
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from celery import Celery
+
+from tasks.app import make_app
+from tasks.record import Record, check, connect
+from tasks.state import TERMINAL, State
+from worker.cni_config import find_network
+from worker.errors import BadInput, BadNetwork
+from worker.rootfs import resolve_rootfs
+from worker.settings import Settings
+from worker.spec import Spec
+
+
+class Client:
+    """The broker as the command line sees it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        connection = connect(settings)
+        check(connection, settings)
+        self.record = Record(connection)
+
+    def app(self) -> Celery:
+        """A Celery app that only sends; without a result backend it subscribes to nothing."""
+        return make_app(self.settings, "client")
+
+    def resolve(self, given: Iterable[str]) -> list[dict[str, Any]]:
+        """Sandboxes by id, or by a prefix that only one id has.
+
+        Raises:
+            BadInput: No such id, or several begin so.
+        """
+        known = self.record.ids()
+        full = []
+        for text in given:
+            matches = [text] if text in known else [one for one in known if text and one.startswith(text)]
+            if not matches:
+                raise BadInput(text, "no such sandbox", "see sandbatch ls")
+            if len(matches) > 1:
+                raise BadInput(text, f"{len(matches)} sandboxes begin so", "give more of the id")
+            full += matches
+        return self.record.get_all(list(dict.fromkeys(full)))
+
+    def select(
+        self,
+        ids: Sequence[str] = (),
+        *,
+        batch: str | None = None,
+        host: str | None = None,
+        states: Sequence[str] = (),
+        labels: Sequence[str] = (),
+    ) -> list[dict[str, Any]]:
+        """Sandboxes by any of what `ls` filters by."""
+        for state in states:
+            if state not in set(State):
+                raise BadInput(f"--state {state}", "no such state", f"one of {', '.join(State)}")
+        wanted = dict(pair(label, "--label") for label in labels)
+        rows = self.resolve(ids) if ids else self.record.get_all()
+        rows = [
+            row
+            for row in rows
+            if (batch is None or row["batch"] == batch)
+            and (host is None or row["host"] == host)
+            and (not states or row["state"] in states)
+            and all(row["labels"].get(name) == value for name, value in wanted.items())
+        ]
+        if batch is not None and not rows:
+            raise BadInput(f"batch {batch}", "no such batch", "see sandbatch ls")
+        return rows
+
+    def validate(self, spec: Spec) -> None:
+        """Refuse what no host can do, before anything is enqueued.
+
+        On a machine that is a host itself its own files decide; elsewhere what the hosts say of
+        themselves. Each host checks again.
+
+        Raises:
+            BadInput: What is wrong, and what is known.
+        """
+        hosts = self.record.live_hosts()
+        if spec.host is not None and hosts and spec.host not in hosts:
+            raise BadInput(f"--host {spec.host}", "no such host", f"known: {', '.join(hosts)}")
+        mine = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        wanted = [facts for name, facts in hosts.items() if spec.host in (None, name)]
+        if (not hosts and self.settings.is_broker_embedded) or any(one["machine_id"] == mine for one in wanted):
+            find_network(spec.network, (self.settings.own_cni_conf_dir, self.settings.cni_conf_dir))
+            resolve_rootfs(spec.rootfs, self.settings)
+            return
+        if wanted and not any(spec.network in facts["networks"] for facts in wanted):
+            known = sorted({name for facts in wanted for name in facts["networks"]})
+            raise BadNetwork(f"network {spec.network}", "no host has it", f"known: {', '.join(known) or 'none'}")
+        if wanted and spec.rootfs != "host":
+            allowed = sorted({folder for facts in wanted for folder in facts["rootfs_allow"]})
+            if not any(Path(spec.rootfs).is_relative_to(folder) for folder in allowed):
+                todo = f"allowed: {', '.join(allowed) or 'none'}"
+                raise BadInput(f"--rootfs {spec.rootfs}", "lies in no folder that a host allows", todo)
+
+    def wait(
+        self,
+        ids: Sequence[str],
+        goal: str,
+        timeout_s: float | None,
+        on_change: Callable[[dict[str, str]], None] = lambda states: None,
+    ) -> dict[str, str]:
+        """Wait by events until each sandbox has reached `goal` ("running" or "terminal") or its end.
+
+        Returns the states when all have, or when the time is up.
+        """
+        mark = self.record.last_event()  # before the look: nothing between the two is missed
+        states = {row["id"]: row["state"] for row in self.record.get_all(ids)}
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        on_change(states)
+        while not all(has_reached(state, goal) for state in states.values()):
+            left_s = 2.0 if deadline is None else min(2.0, deadline - time.monotonic())
+            if left_s <= 0:
+                break
+            changed = False
+            for mark, event in self.record.follow(mark, left_s):  # noqa: B007 - the mark moves on with each event
+                if event["id"] in states:
+                    states[event["id"]] = event["state"]
+                    changed = True
+            if changed:
+                on_change(states)
+        return states
+
+
+def has_reached(state: str, goal: str) -> bool:
+    return state in TERMINAL or (goal == "running" and state in (State.RUNNING, State.STUCK))
+
+
+def pair(text: str, flag: str) -> tuple[str, str]:
+    """`K=V` as a pair."""
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise BadInput(f"{flag} {text}", "KEY=VALUE is needed", f"for example {flag} colour=red")
+    return name, value
+
+
+def shown(row: dict[str, Any]) -> dict[str, Any]:
+    """A row in the exact shape of CLI.md's `--json`."""
+    return json.loads(json.dumps({name: value for name, value in row.items() if name != "spec"}))  # type: ignore[no-any-return]

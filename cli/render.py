@@ -1,0 +1,73 @@
+"""Tables for people."""
+
+from datetime import datetime
+from typing import Any
+
+from rich.table import Table
+
+
+def table(*columns: str) -> Table:
+    """A plain table, as `kubectl get` prints it."""
+    made = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        made.add_column(column, overflow="fold" if column in ("ID", "ERROR", "MEND") else "ellipsis", no_wrap=column != "ERROR")
+    return made
+
+
+def sandboxes(rows: list[dict[str, Any]]) -> Table:
+    made = table("ID", "STATE", "HOST", "IP", "NETWORK", "AGE", "COMMAND", "ERROR")
+    for row in rows:
+        state = row["state"] if row["state"] != "launching" else f"launching ({row['stage'] or '…'})"
+        error = row["error"] or {}
+        why = f"{error['stage']}: {error['message']}" if error else ""
+        command = " ".join(row["args"])
+        made.add_row(
+            row["id"], state, row["host"] or "-", row["ip"] or "-", row["network"] or "-",
+            age(row["created_at"]), command if len(command) <= 40 else command[:39] + "…", why,
+        )  # fmt: skip
+    return made
+
+
+def timeline(stages: list[dict[str, Any]]) -> Table:
+    made = table("STAGE", "DO|UNDO", "STATE", "STARTED", "SECONDS", "ERROR")
+    for run in stages:
+        seconds = "-" if run["duration_s"] is None else f"{run['duration_s']:.3f}"
+        made.add_row(run["name"], run["do|undo"], run["state"], run["started_at"], seconds, run["error"] or "")
+    return made
+
+
+def details(row: dict[str, Any]) -> Table:
+    made = Table.grid(padding=(0, 2))
+    error = row["error"] or {}
+    shown = {
+        "id": row["id"],
+        "state": row["state"],
+        "batch": row["batch"],
+        "host": row["host"],
+        "network": row["network"],
+        "ip": ", ".join(row["ips"]),
+        "rootfs": row["image"],
+        "command": " ".join(row["args"]),
+        "labels": ", ".join(f"{name}={value}" for name, value in row["labels"].items()),
+        "ready": row["spec"].get("ready"),
+        "created": row["created_at"],
+        "running": row["running_at"],
+        "ended": row["ended_at"],
+        "exit code": row["exit_code"],
+        "error": f"{error['stage']}: {error['message']}" if error else None,
+    }
+    for name, value in shown.items():
+        if value not in (None, ""):
+            made.add_row(name, str(value))
+    return made
+
+
+def age(stamp: str | None) -> str:
+    """How long ago, in the largest unit that fits."""
+    if not stamp:
+        return "-"
+    seconds = max(0, int(datetime.now().timestamp() - datetime.fromisoformat(stamp).timestamp()))
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= size:
+            return f"{seconds // size}{unit}"
+    return f"{seconds}s"
