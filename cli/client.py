@@ -89,13 +89,17 @@ class Client:
             raise BadInput(f"--host {spec.host}", "no such host", f"known: {', '.join(hosts)}")
         mine = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         wanted = [facts for name, facts in hosts.items() if spec.host in (None, name)]
-        if (not hosts and self.settings.is_broker_embedded) or any(one["machine_id"] == mine for one in wanted):
+        if (not hosts and self.settings.is_broker_embedded) or any(
+            one["machine_id"] == mine for one in wanted
+        ):
             find_network(spec.network, (self.settings.own_cni_conf_dir, self.settings.cni_conf_dir))
             resolve_rootfs(spec.rootfs, self.settings)
             return
         if wanted and not any(spec.network in facts["networks"] for facts in wanted):
             known = sorted({name for facts in wanted for name in facts["networks"]})
-            raise BadNetwork(f"network {spec.network}", "no host has it", f"known: {', '.join(known) or 'none'}")
+            raise BadNetwork(
+                f"network {spec.network}", "no host has it", f"known: {', '.join(known) or 'none'}"
+            )
         if wanted and spec.rootfs != "host":
             allowed = sorted({folder for facts in wanted for folder in facts["rootfs_allow"]})
             if not any(Path(spec.rootfs).is_relative_to(folder) for folder in allowed):

@@ -48,6 +48,8 @@ def errors_for_humans() -> Iterator[None]:
     except (redis.RedisError, OperationalError) as error:
         if debug:
             traceback.print_exc()
-        raise fail("broker", str(error).split("\n")[0][:200], "check that it runs, and try again", 1) from None
+        raise fail(
+            "broker", str(error).split("\n")[0][:200], "check that it runs, and try again", 1
+        ) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None

@@ -10,7 +10,11 @@ def table(*columns: str) -> Table:
     """A plain table, as `kubectl get` prints it."""
     made = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        made.add_column(column, overflow="fold" if column in ("ID", "ERROR", "MEND") else "ellipsis", no_wrap=column != "ERROR")
+        made.add_column(
+            column,
+            overflow="fold" if column in ("ID", "ERROR", "MEND") else "ellipsis",
+            no_wrap=column != "ERROR",
+        )
     return made
 
 
@@ -32,7 +36,9 @@ def timeline(stages: list[dict[str, Any]]) -> Table:
     made = table("STAGE", "DO|UNDO", "STATE", "STARTED", "SECONDS", "ERROR")
     for run in stages:
         seconds = "-" if run["duration_s"] is None else f"{run['duration_s']:.3f}"
-        made.add_row(run["name"], run["do|undo"], run["state"], run["started_at"], seconds, run["error"] or "")
+        made.add_row(
+            run["name"], run["do|undo"], run["state"], run["started_at"], seconds, run["error"] or ""
+        )
     return made
 
 

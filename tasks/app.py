@@ -11,7 +11,16 @@ from worker.settings import Settings, load_settings
 LAUNCH_QUEUE = "launch"
 # 0 is the highest on Redis. Undo before anything else; then the stages, the last one first, so that a
 # launch under way is finished before another is begun; new work last.
-PRIORITY = {"unwind": 0, "undo": 0, "ready": 1, "container": 2, "bundle": 3, "network": 4, "netns": 5, "place": 9}
+PRIORITY = {
+    "unwind": 0,
+    "undo": 0,
+    "ready": 1,
+    "container": 2,
+    "bundle": 3,
+    "network": 4,
+    "netns": 5,
+    "place": 9,
+}
 VISIBILITY_TIMEOUT_S = 600  # > 5 x the hard limit; recovery comes from reconcile, not from this
 SOFT_LIMIT_S, HARD_LIMIT_S = 90, 110  # above the deadlines of the subprocesses
 
@@ -74,7 +83,12 @@ def make_app(current: Settings, owner: str) -> Celery:
         task_default_queue=LAUNCH_QUEUE,
         task_send_sent_event=False,
         task_publish_retry=True,
-        task_publish_retry_policy={"max_retries": 20, "interval_start": 0, "interval_step": 0.2, "interval_max": 2},
+        task_publish_retry_policy={
+            "max_retries": 20,
+            "interval_start": 0,
+            "interval_step": 0.2,
+            "interval_max": 2,
+        },
         worker_prefetch_multiplier=1,
         worker_send_task_events=True,
         worker_hijack_root_logger=True,
@@ -84,7 +98,9 @@ def make_app(current: Settings, owner: str) -> Celery:
         worker_cancel_long_running_tasks_on_connection_loss=False,
         enable_utc=True,
     )
-    app.conf.task_queues = [Queue(LAUNCH_QUEUE), Queue(host_queue(current.host))] if owner != "client" else None
+    app.conf.task_queues = (
+        [Queue(LAUNCH_QUEUE), Queue(host_queue(current.host))] if owner != "client" else None
+    )
     return app
 
 

@@ -40,7 +40,9 @@ def embedded_broker(settings: Settings) -> Iterator[None]:
     try:
         server.start(timeout=START_S)
     except Exception as error:
-        raise BrokerError(f"broker {socket}", f"does not start ({error})", f"see {data}/valkey.log") from error
+        raise BrokerError(
+            f"broker {socket}", f"does not start ({error})", f"see {data}/valkey.log"
+        ) from error
     try:
         yield
     finally:

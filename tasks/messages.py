@@ -28,4 +28,6 @@ def read_order(message: Any) -> Order:
         return Order.model_validate(message)
     except ValidationError as error:
         first = error.errors()[0]
-        raise BadInput("message", f"{first['loc']}: {first['msg']}", "its sender is of another release") from None
+        raise BadInput(
+            "message", f"{first['loc']}: {first['msg']}", "its sender is of another release"
+        ) from None

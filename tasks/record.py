@@ -33,7 +33,8 @@ _TERMINAL_JSON = json.dumps([str(state) for state in TERMINAL])
 # KEYS: record, events, sandboxes of the host.  ARGV: id, state to come, now, moves, terminal states,
 # attempt, seq ('' = not from a journal), expiry of terminal records in s, then field, value, ...
 # Answers: 1 written, 0 nothing new, -1 fenced off (an older attempt, or no such move), -2 no such record.
-_PUT = """
+_PUT = (
+    """
 local state = redis.call('HGET', KEYS[1], 'state')
 if not state then return -2 end
 local attempt = tonumber(redis.call('HGET', KEYS[1], 'attempt'))
@@ -69,11 +70,14 @@ if target ~= state then
              'id', ARGV[1], 'batch', batch, 'state', target, 'host', host, 't', ARGV[3])
 end
 return 1
-""" % EVENTS_KEPT  # noqa: UP031 - the script is full of braces
+"""
+    % EVENTS_KEPT
+)  # noqa: UP031 - the script is full of braces
 
 # KEYS: record, events, sandboxes of the host.  ARGV: id, host, attempt, now.
 # Answers: 1 claimed, 2 was mine already, 0 not to be had.
-_CLAIM = """
+_CLAIM = (
+    """
 local state = redis.call('HGET', KEYS[1], 'state')
 local attempt = redis.call('HGET', KEYS[1], 'attempt')
 if not state or attempt ~= ARGV[3] then return 0 end
@@ -84,7 +88,9 @@ redis.call('SADD', KEYS[3], ARGV[1])
 redis.call('XADD', KEYS[2], 'MAXLEN', '~', '%d', '*', 'id', ARGV[1],
            'batch', redis.call('HGET', KEYS[1], 'batch') or '', 'state', 'placed', 'host', ARGV[2], 't', ARGV[4])
 return 1
-""" % EVENTS_KEPT  # noqa: UP031
+"""
+    % EVENTS_KEPT
+)  # noqa: UP031
 
 
 def connect(settings: Settings, *, patient: bool = False) -> "redis.Redis":
@@ -169,7 +175,9 @@ class Record:
     def report(self, journal: Journal, host: str) -> int:
         """Bring the record up to the journal; an older view than the record's changes nothing."""
         state, fields = view(journal)
-        return self.put(journal.container_id, state, journal.attempt, {**fields, "host": host}, journal.seq, host)
+        return self.put(
+            journal.container_id, state, journal.attempt, {**fields, "host": host}, journal.seq, host
+        )
 
     def cancel(self, container_id: str, attempt: int) -> bool:
         """End a sandbox that no host has taken; False if one has."""
@@ -230,13 +238,17 @@ class Record:
         """Say that `host` lives, and what it is and has."""
         pipe = self.client.pipeline()
         pipe.sadd(HOSTS, host)
-        pipe.set(_host_key(host), json.dumps({**facts, "name": host, "heartbeat_at": now()}), ex=int(HOST_LOST_S))
+        pipe.set(
+            _host_key(host), json.dumps({**facts, "name": host, "heartbeat_at": now()}), ex=int(HOST_LOST_S)
+        )
         pipe.execute()
 
     def live_hosts(self) -> dict[str, dict[str, Any]]:
         """The hosts with a heartbeat, by name."""
         names = sorted(cast("set[str]", self.client.smembers(HOSTS)))
-        facts = cast("list[str | None]", self.client.mget([_host_key(name) for name in names])) if names else []
+        facts = (
+            cast("list[str | None]", self.client.mget([_host_key(name) for name in names])) if names else []
+        )
         return {name: json.loads(text) for name, text in zip(names, facts, strict=True) if text}
 
     def leave(self, host: str) -> None:

@@ -26,7 +26,9 @@ _ENDING = {State.STUCK, State.STOPPING, State.UNDOING, *TERMINAL}
 # A host reports the newest view of its journal, not each event: so a move may leave states out, but
 # never goes back. The same state again is no move.
 MOVES: dict[State, frozenset[State]] = {
-    State.QUEUED: frozenset({State.PLACED, State.CANCELLED, State.FAILED}),  # failed: the host refused the spec
+    State.QUEUED: frozenset(
+        {State.PLACED, State.CANCELLED, State.FAILED}
+    ),  # failed: the host refused the spec
     State.PLACED: frozenset({State.QUEUED} | _ON_HOST),  # queued: its host never began, another may
     State.LAUNCHING: frozenset(_ON_HOST),
     State.RUNNING: frozenset(_ENDING),

@@ -26,9 +26,13 @@ def submit(app: Celery, record: Record, settings: Settings, specs: Sequence[Spec
     ids = [new_container_id() for _ in specs]
     record.enqueue(batch, list(zip(ids, specs, strict=True)))
     try:
-        publish_place(app, [(container_id, 1, spec.host) for container_id, spec in zip(ids, specs, strict=True)])
+        publish_place(
+            app, [(container_id, 1, spec.host) for container_id, spec in zip(ids, specs, strict=True)]
+        )
     except (OperationalError, OSError) as error:
-        raise BrokerError(f"broker {public_url(settings)}", str(error), f"batch {batch} may wait in part") from None
+        raise BrokerError(
+            f"broker {public_url(settings)}", str(error), f"batch {batch} may wait in part"
+        ) from None
     return batch, ids
 
 

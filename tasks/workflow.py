@@ -1,7 +1,7 @@
 """The Celery tasks of a host: one a stage, one an undo, each a thin skin on `worker.launch`.
 
-    place ─▶ netns ─▶ network ─▶ bundle ─▶ container ┄ prober ┄▶ ready
-               └──────── any failure: unwind ─▶ undo.container ─▶ undo.bundle ─▶ undo.network ─▶ undo.netns
+place ─▶ netns ─▶ network ─▶ bundle ─▶ container ┄ prober ┄▶ ready
+           └──────── any failure: unwind ─▶ undo.container ─▶ undo.bundle ─▶ undo.network ─▶ undo.netns
 """
 
 import logging
@@ -23,8 +23,8 @@ from worker import journal as journals
 from worker.errors import Busy, JournalError, SandbatchError
 from worker.journal import Journal
 from worker.launch import begin_waiting, end_waiting, finish, run_stage, undo_stage, want_end
-from worker.prober import hand_over
 from worker.probe_runsc import probe
+from worker.prober import hand_over
 from worker.spec import Spec
 from worker.stages import STAGE, STAGES, Host, make_host
 
@@ -232,7 +232,11 @@ def _again(task: "Task[Any, Any]", order: Order, error: SandbatchError) -> BaseE
     tries = task.request.retries or 0
     first_at = float((task.request.headers or {}).get("first_at") or time.time())
     limit = MAX_BUSY_TRIES if isinstance(error, Busy) else MAX_TRIES
-    if not error.can_pass or tries >= limit or time.time() - first_at > MAX_TRYING_S * (1 + limit // MAX_TRIES):
+    if (
+        not error.can_pass
+        or tries >= limit
+        or time.time() - first_at > MAX_TRYING_S * (1 + limit // MAX_TRIES)
+    ):
         return error
     delay_s = min(0.2 * 2**tries, 5.0) * random.uniform(0.5, 1.5)  # noqa: S311 - jitter, no secret
     return task.retry(countdown=delay_s, exc=error, throw=False, headers={"first_at": str(first_at)})

@@ -54,7 +54,9 @@ class CniPluginError(SandbatchError):
         self.can_pass = code == TRY_AGAIN_LATER
 
     def __str__(self) -> str:
-        advice = "try again later" if self.can_pass else "see the plugin's words above and the host's CNI files"
+        advice = (
+            "try again later" if self.can_pass else "see the plugin's words above and the host's CNI files"
+        )
         who = f" for {self.container_id}" if self.container_id else ""
         return f"CNI {self.command} by plugin {self.plugin}{who}: {self.msg} (code {self.code}); {advice}"
 

@@ -174,9 +174,7 @@ class Journal:
                 return
 
 
-def create(
-    sandboxes_dir: Path, container_id: str, *, attempt: int, batch: str, spec: Spec
-) -> Journal:
+def create(sandboxes_dir: Path, container_id: str, *, attempt: int, batch: str, spec: Spec) -> Journal:
     """Begin the journal of a new sandbox; the one that is there if there is one already."""
     folder = sandboxes_dir / container_id
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -211,13 +209,17 @@ def read(folder: Path) -> Journal:
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
-        raise JournalError(str(folder), "has no journal", "sandbatch audit shows what it may belong to") from None
+        raise JournalError(
+            str(folder), "has no journal", "sandbatch audit shows what it may belong to"
+        ) from None
     lines = raw.split(b"\n")
     torn = lines.pop()  # what stands behind the last newline; empty when all is well
     try:
         head = json.loads(lines[0])
         if head["kind"] != VERSION:
-            raise JournalError(str(path), f"is of another release ({head['kind']!r})", f"this one reads {VERSION}")
+            raise JournalError(
+                str(path), f"is of another release ({head['kind']!r})", f"this one reads {VERSION}"
+            )
         journal = Journal(
             folder, head["id"], head["attempt"], head["batch"], head["boot_id"], Spec(**head["spec"])
         )
@@ -226,7 +228,9 @@ def read(folder: Path) -> Journal:
         for line in lines[1:]:
             journal._apply(json.loads(line))
     except (IndexError, ValueError, KeyError, TypeError) as error:
-        raise JournalError(str(path), f"cannot be read ({error})", "it is set aside; see sandbatch audit") from None
+        raise JournalError(
+            str(path), f"cannot be read ({error})", "it is set aside; see sandbatch audit"
+        ) from None
     if torn:  # later events must not be glued to it
         with path.open("r+b") as out:
             out.truncate(len(raw) - len(torn))
@@ -262,7 +266,9 @@ def locked(sandboxes_dir: Path, container_id: str, *, wait_s: float = 0.0) -> It
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except FileNotFoundError:
-        raise JournalError(container_id, "is not known on this host", "it has ended, or never came here") from None
+        raise JournalError(
+            container_id, "is not known on this host", "it has ended, or never came here"
+        ) from None
     try:
         _lock(handle, container_id, wait_s)
         yield read(folder)  # a folder removed while we waited has no journal: JournalError

@@ -88,7 +88,9 @@ def undo_all(host: Host, journal: Journal) -> None:
 def finish(journal: Journal) -> None:
     """Note the terminal state, once nothing is begun any more."""
     if journal.begun:
-        raise SandbatchError(journal.container_id, f"still holds {', '.join(journal.begun)}", "undo these first")
+        raise SandbatchError(
+            journal.container_id, f"still holds {', '.join(journal.begun)}", "undo these first"
+        )
     if journal.final is None:
         journal.set_facts(final=journal.facts.get("wanted", "failed"), stuck=None)
 

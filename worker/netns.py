@@ -31,7 +31,9 @@ def create_netns(container_id: str) -> None:
         try:
             netns.create(container_id)
         except OSError as error:
-            raise SandbatchError(f"netns {container_id}", str(error.strerror), "see dmesg, and that root runs this") from error
+            raise SandbatchError(
+                f"netns {container_id}", str(error.strerror), "see dmesg, and that root runs this"
+            ) from error
     with _inside(netns_path(container_id)) as ipr:
         ipr.link("set", index=1, state="up")
 
@@ -82,10 +84,18 @@ def put_world_back(path: Path, if_name: str, result: dict[str, Any]) -> None:
             interface = ip_interface(address)
             family = {"flags": IFA_F_NODAD} if interface.version == 6 else {}
             try:
-                ipr.addr("add", index=found[0], address=str(interface.ip), prefixlen=interface.network.prefixlen, **family)
+                ipr.addr(
+                    "add",
+                    index=found[0],
+                    address=str(interface.ip),
+                    prefixlen=interface.network.prefixlen,
+                    **family,
+                )
             except NetlinkError as error:
                 if error.code != errno.EEXIST:
-                    raise SandbatchError(f"netns {path.name}", f"{address}: {error}", "see ip -n NETNS addr") from error
+                    raise SandbatchError(
+                        f"netns {path.name}", f"{address}: {error}", "see ip -n NETNS addr"
+                    ) from error
 
 
 def addresses_of(result: dict[str, Any], if_name: str) -> list[str]:
@@ -94,7 +104,9 @@ def addresses_of(result: dict[str, Any], if_name: str) -> list[str]:
     Those that name no interface, or an unknown one, count: a plain IPAM chain has no `interfaces`.
     """
     interfaces = result.get("interfaces") or []
-    own = {number for number, one in enumerate(interfaces) if one.get("sandbox") and one.get("name") == if_name}
+    own = {
+        number for number, one in enumerate(interfaces) if one.get("sandbox") and one.get("name") == if_name
+    }
     ips = result.get("ips") or []
     mine = [one["address"] for one in ips if one.get("interface") in own]
     return mine or [one["address"] for one in ips if one.get("interface") is None or not own]
@@ -105,7 +117,9 @@ def _inside(path: Path) -> Iterator[IPRoute]:
     try:
         ipr = IPRoute(netns=str(path))
     except OSError as error:
-        raise SandbatchError(f"netns {path.name}", str(error.strerror or error), "see ip netns list") from error
+        raise SandbatchError(
+            f"netns {path.name}", str(error.strerror or error), "see ip netns list"
+        ) from error
     try:
         yield ipr
     finally:

@@ -98,7 +98,9 @@ class Prober:
         probe = asyncio.create_task(until_ready(known))
         ended = asyncio.create_task(self._until_ended(container_id))
         try:
-            done, _ = await asyncio.wait({probe, ended}, timeout=max(0.0, left_s), return_when="FIRST_COMPLETED")
+            done, _ = await asyncio.wait(
+                {probe, ended}, timeout=max(0.0, left_s), return_when="FIRST_COMPLETED"
+            )
         finally:
             probe.cancel()
             ended.cancel()

@@ -58,7 +58,9 @@ def run(
         stdout, stderr = process.communicate(stdin, timeout=timeout_s)
     except subprocess.TimeoutExpired:
         _kill_group(process)
-        raise ProcessTimeout(name, f"no end within {timeout_s:g} s; killed", "see what it waits for") from None
+        raise ProcessTimeout(
+            name, f"no end within {timeout_s:g} s; killed", "see what it waits for"
+        ) from None
     except BaseException:  # a Celery time limit, Ctrl-C: leave nothing running
         _kill_group(process)
         raise

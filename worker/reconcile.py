@@ -69,7 +69,9 @@ def _note_end(known: Journal, code: int | None) -> None:
         error = None if code is not None else {"stage": "container", "message": f"the sandbox {words}"}
         want_end(known, "exited" if code is not None else "failed", error)
     else:
-        want_end(known, "failed", {"stage": "ready", "message": f"the sandbox {words} while the worker was away"})
+        want_end(
+            known, "failed", {"stage": "ready", "message": f"the sandbox {words} while the worker was away"}
+        )
 
 
 def later(settings: Settings) -> Due:

@@ -51,7 +51,9 @@ def _rootfs(value: str) -> str:
 
 def _network(value: str) -> str:
     if not NETWORK_NAME.match(value):
-        raise ValueError("a network name has letters, digits, '_', '.', '-', and begins with a letter or digit")
+        raise ValueError(
+            "a network name has letters, digits, '_', '.', '-', and begins with a letter or digit"
+        )
     return value
 
 

@@ -1,0 +1,301 @@
+"""A CNI runtime: the plugins of a network run as libcni runs them (CNI.md has the sources).
+
+ADD first to last, DEL last to first, each call with the environment and stdin of libcni; the final
+result is kept in libcni's cache.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from worker import cni_cache, process
+from worker.cni_config import Network, network_from_bytes
+from worker.cni_result import converted, result_ips, typed
+from worker.errors import BadNetwork, CniPluginError, SandbatchError
+from worker.netns import put_world_back
+from worker.settings import Settings
+
+__all__ = ["Attachment", "CniRuntime", "result_ips"]
+
+BUSY_TRIES, BUSY_PAUSE_S = 6, 1.0  # as libcni: a plugin that is being upgraded (text file busy)
+NO_ERROR_CODE = 0  # the plugin ended with an error that is not in CNI's form
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """One link of one sandbox on a network. `capability_args` by capability, as libcni's."""
+
+    container_id: str
+    netns_path: Path
+    if_name: str = "eth0"
+    cni_args: tuple[tuple[str, str], ...] = ()
+    capability_args: dict[str, Any] = field(default_factory=dict)
+
+
+_NOBODY = Attachment("", Path(""), "")  # GC and STATUS concern no attachment
+
+
+@dataclass(frozen=True)
+class CniRuntime:
+    """The fields hold for every call; `timeout_s` is the longest run of one plugin."""
+
+    plugin_path: tuple[Path, ...]
+    cache_dir: Path
+    lock_path: Path
+    timeout_s: float
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> "CniRuntime":
+        lock_path = settings.run_dir / "cni.lock"
+        return cls(settings.cni_paths, settings.cni_cache_dir, lock_path, settings.cni_timeout_s)
+
+    def cni_add(self, network: Network, attachment: Attachment) -> dict[str, Any]:
+        """Attach; returns the final result, which is then in the cache. After an error DEL is still due.
+
+        Raises:
+            CniPluginError: A plugin reported an error; those after it did not run.
+            ProcessTimeout: A plugin hung and was killed.
+        """
+        result: dict[str, Any] | None = None
+        with self._locked(fcntl.LOCK_SH):
+            for plugin in network.plugins:
+                stdin = _stdin(network, plugin, attachment, result)
+                answer = self._run("ADD", plugin["type"], attachment, stdin)
+                try:
+                    result = typed(_json_object(answer), network.cni_version)
+                except ValueError as error:
+                    words = process.last_words(answer, 80)
+                    raise CniPluginError(
+                        "ADD",
+                        plugin["type"],
+                        attachment.container_id,
+                        NO_ERROR_CODE,
+                        f"{error}; it printed {words!r}",
+                    ) from None
+            assert result is not None  # noqa: S101 - a network has at least one plugin
+            cni_cache.save(
+                self.cache_dir,
+                network=network.name,
+                container_id=attachment.container_id,
+                if_name=attachment.if_name,
+                netns=str(attachment.netns_path),
+                config=network.raw,
+                cni_args=attachment.cni_args,
+                capability_args=attachment.capability_args,
+                result=result,
+            )
+        return result
+
+    def cni_del(self, network: Network, attachment: Attachment) -> None:
+        """Detach. Safe to repeat, and after a failed or half-done ADD.
+
+        Where ADD's result is cached, the netns is first made as ADD left it (`put_world_back`).
+
+        Raises:
+            CniPluginError: A plugin reported an error; those before it in the list did not run.
+        """
+        with self._locked(fcntl.LOCK_SH):
+            self._del(network, attachment)
+
+    def cni_check(self, network: Network, attachment: Attachment) -> None:
+        """Ask each plugin whether the attachment is as ADD made it; nothing if the list disables it.
+
+        Raises:
+            CniPluginError: Something is not as it was.
+            BadNetwork: The list's version has no CHECK, or nothing is attached.
+        """
+        if not network.is_at_least("0.4.0"):
+            raise BadNetwork(
+                f"network {network.name}", f"CNI {network.cni_version} has no CHECK", "raise its cniVersion"
+            )
+        if network.disable_check:
+            return
+        with self._locked(fcntl.LOCK_SH):
+            result = self._cached_result(network, attachment)
+            if result is None:
+                raise BadNetwork(
+                    f"network {network.name}", f"{attachment.container_id} is not attached", "ADD it first"
+                )
+            for plugin in network.plugins:
+                self._run("CHECK", plugin["type"], attachment, _stdin(network, plugin, attachment, result))
+
+    def cni_gc(self, network: Network, valid: Iterable[Attachment]) -> list[SandbatchError]:
+        """Free what attachments hold that are not among `valid`, which must be all of that network on
+        this host; goes on after errors and returns them.
+        """
+        if network.disable_gc:
+            return []
+        keep = [(one.container_id, one.if_name) for one in valid]
+        errors: list[SandbatchError] = []
+        with self._locked(fcntl.LOCK_EX):
+            for entry in cni_cache.list_entries(self.cache_dir):
+                if entry.network == network.name and (entry.container_id, entry.if_name) not in keep:
+                    stale = Attachment(
+                        entry.container_id,
+                        Path(entry.netns),
+                        entry.if_name,
+                        entry.cni_args,
+                        entry.capability_args,
+                    )
+                    with _collected(errors):
+                        self._del(network, stale)
+            if network.is_at_least("1.1.0"):
+                listed = [{"containerID": one, "ifname": if_name} for one, if_name in keep]
+                for plugin in network.plugins:
+                    stdin = _stdin(network, plugin, _NOBODY, None)
+                    stdin |= {"cni.dev/valid-attachments": listed, "cni.dev/attachments": listed}
+                    with _collected(errors):
+                        self._run("GC", plugin["type"], _NOBODY, stdin)
+        return errors
+
+    def cni_status(self, network: Network) -> None:
+        """Ask each plugin whether it can take an ADD; lists below 1.1.0 cannot be asked.
+
+        Raises:
+            CniPluginError: The first that cannot.
+        """
+        if network.is_at_least("1.1.0"):
+            for plugin in network.plugins:
+                self._run("STATUS", plugin["type"], _NOBODY, _stdin(network, plugin, _NOBODY, None))
+
+    def cni_version(self, plugin: str) -> list[str]:
+        """The CNI versions that a plugin supports."""
+        answer = self._run("VERSION", plugin, _NOBODY, {"cniVersion": "1.1.0"})
+        return [str(version) for version in _json_object(answer).get("supportedVersions", [])]
+
+    def missing_plugins(self, network: Network) -> list[str]:
+        """Plugins that a network names and no plugin folder has, IPAM ones included."""
+        names = []
+        for plugin in network.plugins:
+            ipam = plugin.get("ipam")
+            names += [
+                plugin["type"],
+                *([ipam["type"]] if isinstance(ipam, dict) and ipam.get("type") else []),
+            ]
+        return [name for name in dict.fromkeys(names) if self._find(name) is None]
+
+    def is_attached(self, network_name: str, attachment: Attachment) -> bool:
+        return self._entry(network_name, attachment) is not None
+
+    def cached_network(self, network_name: str, attachment: Attachment) -> Network:
+        """The network as it was at ADD: DEL uses this, not the file of today.
+
+        Raises:
+            BadNetwork: Nothing is attached.
+        """
+        entry = self._entry(network_name, attachment)
+        if entry is None:
+            raise BadNetwork(
+                f"network {network_name}", f"{attachment.container_id} is not attached", "see sandbatch audit"
+            )
+        return network_from_bytes(entry.config, where=f"CNI cache entry {entry.path}")
+
+    def _del(self, network: Network, attachment: Attachment) -> None:
+        entry = self._entry(network.name, attachment)
+        if entry is not None and entry.result:
+            put_world_back(attachment.netns_path, attachment.if_name, entry.result)
+        result = self._cached_result(network, attachment) if network.is_at_least("0.4.0") else None
+        for plugin in reversed(network.plugins):
+            self._run("DEL", plugin["type"], attachment, _stdin(network, plugin, attachment, result))
+        cni_cache.forget(self.cache_dir, network.name, attachment.container_id, attachment.if_name)
+
+    def _entry(self, network_name: str, attachment: Attachment) -> cni_cache.CacheEntry | None:
+        return cni_cache.load(self.cache_dir, network_name, attachment.container_id, attachment.if_name)
+
+    def _cached_result(self, network: Network, attachment: Attachment) -> dict[str, Any] | None:
+        entry = self._entry(network.name, attachment)
+        return converted(entry.result, network.cni_version) if entry is not None and entry.result else None
+
+    def _run(self, command: str, plugin: str, attachment: Attachment, stdin: dict[str, Any]) -> str:
+        binary = self._find(plugin)
+        if binary is None:
+            places = ":".join(map(str, self.plugin_path))
+            raise CniPluginError(
+                command,
+                plugin,
+                attachment.container_id,
+                NO_ERROR_CODE,
+                f"not found in {places}; run sandbatch setup",
+            )
+        env = self._environment(command, attachment)
+        for tries_left in reversed(range(BUSY_TRIES)):
+            done = process.run([binary], timeout_s=self.timeout_s, stdin=json.dumps(stdin), env=env)
+            if not (tries_left and done.returncode in (126, 127) and "Text file busy" in done.stderr):
+                break
+            time.sleep(BUSY_PAUSE_S)  # nothing tells when the writer is done
+        if done.returncode:
+            code, msg = _plugin_error(done)
+            raise CniPluginError(command, plugin, attachment.container_id, code, msg)
+        return done.stdout
+
+    def _environment(self, command: str, attachment: Attachment) -> dict[str, str]:
+        """Ours, since plugins need PATH, without what may hold our secrets, and CNI's variables."""
+        ours = {name: value for name, value in os.environ.items() if not name.startswith("SANDBATCH_")}
+        return ours | {
+            "CNI_COMMAND": command,
+            "CNI_CONTAINERID": attachment.container_id,
+            "CNI_NETNS": str(attachment.netns_path) if attachment.container_id else "",
+            "CNI_IFNAME": attachment.if_name,
+            "CNI_ARGS": ";".join(f"{name}={value}" for name, value in attachment.cni_args),
+            "CNI_PATH": ":".join(map(str, self.plugin_path)),
+        }
+
+    def _find(self, plugin: str) -> Path | None:
+        candidates = (folder / plugin for folder in self.plugin_path)
+        return next((one for one in candidates if one.is_file()), None)
+
+    @contextlib.contextmanager
+    def _locked(self, how: int) -> Iterator[None]:
+        """GC excludes every ADD and DEL of this host; these do not exclude each other."""
+        self.lock_path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        handle = os.open(self.lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(handle, how)
+            yield
+        finally:
+            os.close(handle)
+
+
+def _stdin(
+    network: Network, plugin: dict[str, Any], attachment: Attachment, prev_result: dict[str, Any] | None
+) -> dict[str, Any]:
+    """The plugin's object as it stands in the file, with what libcni puts into it."""
+    made = {**plugin, "name": network.name, "cniVersion": network.cni_version}
+    if prev_result is not None:
+        made["prevResult"] = prev_result
+    wanted = plugin.get("capabilities") or {}
+    runtime = {name: value for name, value in attachment.capability_args.items() if wanted.get(name)}
+    if runtime:
+        made["runtimeConfig"] = runtime
+    return made
+
+
+def _plugin_error(done: process.Completed) -> tuple[int, str]:
+    try:
+        found = _json_object(done.stdout)
+        words = ": ".join(str(found[key]) for key in ("msg", "details") if found.get(key))
+        return int(found["code"]), words[: process.WORDS] or "no message"
+    except (ValueError, KeyError, TypeError):
+        words = process.last_words(done.stderr) or process.last_words(done.stdout) or "it said nothing"
+        return NO_ERROR_CODE, f"exit status {done.returncode}: {words}"
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError("no JSON object")
+    return found
+
+
+@contextlib.contextmanager
+def _collected(errors: list[SandbatchError]) -> Iterator[None]:
+    try:
+        yield
+    except SandbatchError as error:
+        errors.append(error)
