@@ -38,7 +38,7 @@ class Attachment:
     capability_args: dict[str, Any] = field(default_factory=dict)
 
 
-_NOBODY = Attachment("", Path(""), "")  # GC and STATUS concern no attachment
+_NOBODY = Attachment("", Path(""), if_name="")  # GC and STATUS concern no attachment
 
 
 @dataclass(frozen=True)

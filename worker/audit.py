@@ -1,0 +1,266 @@
+"""The host compared with its journals: every object that should not be there, or that is missing."""
+
+import hashlib
+import os
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pyroute2 import IPRoute
+
+from worker import cni_cache, journal, netns, process, procs
+from worker.cni_config import Network, list_networks, network_from_bytes
+from worker.errors import BadNetwork, SandbatchError
+from worker.journal import Journal
+from worker.settings import Settings
+from worker.spec import CONTAINER_ID
+from worker.stages import IF_NAME
+from worker.subnet import LIBCNI_DIR, NAME
+
+ID_PART = re.compile(r"sb-[0-9a-f]{16}")
+CHAIN = re.compile(r"^:(CNI-[0-9a-f]{24}) ", re.MULTILINE)
+OUR_VETH = re.compile(r"^veth[0-9a-f]{8}$")  # as the bridge plugin names the host's end
+MASQUERADE_TABLE = "cni_plugins_masquerade"  # of plugins that work through nftables
+
+
+@dataclass(frozen=True, order=True)
+class Finding:
+    """One object: `problem` is "extra", "missing", "stuck" or "unreadable"."""
+
+    kind: str
+    name: str
+    problem: str
+    container_id: str
+    detail: str
+
+
+@dataclass
+class _Look:
+    """What the journals say should and may be there."""
+
+    settings: Settings
+    journals: dict[str, Journal]
+    networks: dict[str, Network]
+    findings: set[Finding] = field(default_factory=set)
+
+    def is_due(self, container_id: str, stage: str) -> bool:
+        """The stage's objects must be there."""
+        known = self.journals.get(container_id)
+        return known is not None and not known.is_unwinding and known.is_done(stage)
+
+    def may_hold(self, container_id: str, stage: str) -> bool:
+        known = self.journals.get(container_id)
+        return known is not None and stage in known.begun
+
+    def compare(self, kind: str, stage: str, found: dict[str, str], due: dict[str, str] | None = None) -> None:
+        """`found` and `due`: name of an object -> id of its sandbox; without `due` only extras are looked for."""
+        for name, container_id in found.items():
+            if not self.may_hold(container_id, stage):
+                self._add(kind, name, "extra", container_id, "no journal has it")
+        for name, container_id in (due or {}).items():
+            if name not in found and self.is_due(container_id, stage):
+                self._add(kind, name, "missing", container_id, "its journal says it is there")
+
+    def _add(self, kind: str, name: str, problem: str, container_id: str, detail: str) -> None:
+        self.findings.add(Finding(kind, name, problem, container_id, detail))
+
+
+def audit(settings: Settings) -> list[Finding]:
+    """Compare this host with its journals; an empty list means clean. Needs root; changes nothing.
+
+    What a second look no longer finds was under way, not left behind.
+    """
+    found = _look(settings)
+    return sorted(found & _look(settings)) if found else []
+
+
+def _look(settings: Settings) -> set[Finding]:
+    journals, errors = journal.read_all(settings.sandboxes_dir)
+    networks = list_networks((settings.own_cni_conf_dir, settings.cni_conf_dir))[0]
+    look = _Look(settings, {known.container_id: known for known in journals}, networks)
+    for error in errors:
+        look._add("journal", error.what, "unreadable", Path(error.what).name, error.why)
+    for known in journals:
+        stuck = known.facts.get("stuck")
+        if stuck and not known.final:
+            look._add("sandbox", known.container_id, "stuck", known.container_id, f"{stuck['stage']}: {stuck['message']}")
+    done = {known.container_id: known for known in journals}
+    look.compare("netns", "netns", _netns(), {one: one for one in done})
+    _network_objects(look, done)
+    _files(look, done)
+    _processes(look)
+    _mounts_and_cgroups(look)
+    return look.findings
+
+
+def _netns() -> dict[str, str]:
+    return {name: name for name in netns.list_netns() if CONTAINER_ID.match(name)}
+
+
+def _network_objects(look: _Look, done: dict[str, Journal]) -> None:
+    settings = look.settings
+    entries = [one for one in cni_cache.list_entries(settings.cni_cache_dir) if CONTAINER_ID.match(one.container_id)]
+    for entry in entries:
+        try:
+            look.networks.setdefault(entry.network, network_from_bytes(entry.config))
+        except BadNetwork:
+            continue  # the entry itself is compared below
+    attached = {one: known for one, known in done.items() if "network" in known.data}
+    due_entries = {f"{known.spec.network}-{one}-{IF_NAME}": one for one, known in attached.items()}
+    look.compare("cni cache", "network", {one.path.name: one.container_id for one in entries}, due_entries)
+    leases = _leases(look)
+    due_leases = {}
+    for container_id, known in attached.items():
+        folder = _lease_folder(look.networks.get(known.spec.network), settings)
+        if folder is not None:
+            due_leases |= {str(folder / ip): container_id for ip in known.data["network"]["ips"]}
+    look.compare("lease", "network", leases, due_leases)
+    _veths(look, attached)
+    _chains(look, attached)
+
+
+def _lease_folder(network: Network | None, settings: Settings) -> Path | None:
+    """Where host-local keeps the leases of a network; None if it uses another IPAM plugin."""
+    if network is None:
+        return None
+    for plugin in network.plugins:
+        ipam = plugin.get("ipam")
+        if isinstance(ipam, dict) and ipam.get("type") == "host-local":
+            return Path(ipam.get("dataDir") or LIBCNI_DIR / "networks") / network.name
+    return None
+
+
+def _leases(look: _Look) -> dict[str, str]:
+    """Leases of our ids everywhere, and all leases of our own network."""
+    folders = {_lease_folder(network, look.settings): network.name for network in look.networks.values()}
+    found = {}
+    for folder, name in folders.items():
+        if folder is None or not folder.is_dir():
+            continue
+        for file in folder.iterdir():
+            if file.name == "lock" or file.name.startswith("last_reserved_ip"):
+                continue
+            try:
+                owner = file.read_text().split("\n")[0].strip()
+            except FileNotFoundError:
+                continue  # freed just now
+            if CONTAINER_ID.match(owner) or name == NAME:
+                found[str(file)] = owner
+    return found
+
+
+def _veths(look: _Look, attached: dict[str, Journal]) -> None:
+    bridges = {p.get("bridge", "cni0") for p in _own_plugins(look) if p["type"] == "bridge"}
+    due = {name: one for one, known in attached.items() for name in _host_ends(known.data["network"]["result"])}
+    with IPRoute() as ipr:
+        links = list(ipr.get_links())
+    names = {link["index"]: str(link.get_attr("IFLA_IFNAME")) for link in links}
+    found = {}
+    for link in links:
+        info, name = link.get_attr("IFLA_LINKINFO"), names[link["index"]]
+        if info is None or info.get_attr("IFLA_INFO_KIND") != "veth":
+            continue
+        master = names.get(link.get_attr("IFLA_MASTER") or 0)
+        if name in due or master in bridges or (master is None and OUR_VETH.match(name)):
+            found[name] = due.get(name, "")
+    if _has_attaching(look):
+        found = {name: owner for name, owner in found.items() if owner}  # an ADD at work has no result yet
+    look.compare("veth", "network", found, due)
+
+
+def _has_attaching(look: _Look) -> bool:
+    return any("network" in known.begun and "network" not in known.data for known in look.journals.values())
+
+
+def _own_plugins(look: _Look) -> list[dict[str, Any]]:
+    network = look.networks.get(NAME)
+    return list(network.plugins) if network else []
+
+
+def _host_ends(result: dict[str, Any]) -> list[str]:
+    ends = [one["name"] for one in result.get("interfaces", []) if not one.get("sandbox")]
+    return [name for name in ends if OUR_VETH.match(name)]
+
+
+def chain_name(network: str, container_id: str) -> str:
+    """The nat chain of one attachment (plugins: pkg/utils/utils.go, FormatChainName)."""
+    return "CNI-" + hashlib.sha512((network + container_id).encode()).hexdigest()[:24]
+
+
+def _chains(look: _Look, attached: dict[str, Journal]) -> None:
+    if shutil.which("iptables-save"):
+        text = _output("iptables-save", "-t", "nat")
+        owners = {chain_name(known.spec.network, one): one for one, known in look.journals.items()}
+        found = {}
+        for chain in CHAIN.findall(text):
+            rules = [line for line in text.splitlines() if chain in line and not line.startswith(":")]
+            ids = ID_PART.findall("\n".join(rules))
+            if chain in owners or ids or f'name: \\"{NAME}\\"' in "\n".join(rules) or not rules:
+                found[chain] = owners.get(chain) or (ids[0] if ids else "")
+        due = {}
+        for container_id, known in attached.items():
+            network = look.networks.get(known.spec.network)
+            if network and _masquerades_by_iptables(network):
+                due[chain_name(known.spec.network, container_id)] = container_id
+        look.compare("nat chain", "network", found, due)
+    if shutil.which("nft") and MASQUERADE_TABLE in _output("nft", "list", "tables"):
+        text = _output("nft", "list", "table", "inet", MASQUERADE_TABLE)
+        rules_of = {f"{MASQUERADE_TABLE} {one}": one for one in ID_PART.findall(text)}
+        look.compare("nft rule", "network", rules_of)
+
+
+def _masquerades_by_iptables(network: Network) -> bool:
+    bridges = [plugin for plugin in network.plugins if plugin["type"] == "bridge"]
+    return any(one.get("ipMasq") and one.get("ipMasqBackend", "iptables") == "iptables" for one in bridges)
+
+
+def _files(look: _Look, done: dict[str, Journal]) -> None:
+    settings = look.settings
+    for folder in sorted(settings.sandboxes_dir.iterdir()) if settings.sandboxes_dir.is_dir() else []:
+        if folder.name not in look.journals and not (folder / journal.FILE).exists():
+            look._add("folder", str(folder), "extra", folder.name, "it has no journal")
+    configs = {str(known.bundle / "config.json"): one for one, known in done.items()}
+    look.compare("bundle", "bundle", {one: owner for one, owner in configs.items() if Path(one).exists()}, configs)
+    for kind, place in (("runsc state", settings.runsc_root), ("exit file", settings.exit_dir)):
+        found = {}
+        for name in os.listdir(place) if place.is_dir() else []:
+            ids = ID_PART.findall(name)
+            if ids:
+                found[str(place / name)] = ids[0]
+        look.compare(kind, "container", found)
+
+
+def _processes(look: _Look) -> None:
+    found = procs.all_sandbox_processes(look.settings.runsc_root)
+    look.compare("process", "container", {f"{one.role} {one.pid}": one.container_id for one in found})
+    alive = {(one.container_id, one.role) for one in found}
+    for container_id in look.journals:
+        for role in ("conmon", "sandbox", "gofer"):
+            if look.is_due(container_id, "container") and (container_id, role) not in alive:
+                look._add("process", f"{role} of {container_id}", "missing", container_id, "it has ended")
+
+
+def _mounts_and_cgroups(look: _Look) -> None:
+    mounts = {}
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        point = line.split(" ")[4].encode().decode("unicode_escape")
+        ids = ID_PART.findall(point)
+        if ids and Path(point).parent != netns.NETNS_DIR.resolve():
+            mounts[point] = ids[0]
+    look.compare("mount", "container", mounts)
+    cgroups = {}
+    for folder, names, _ in os.walk("/sys/fs/cgroup"):
+        for name in names:
+            ids = ID_PART.findall(name)
+            if ids:
+                cgroups[f"{folder}/{name}"] = ids[0]
+    look.compare("cgroup", "container", cgroups)
+
+
+def _output(*argv: str) -> str:
+    done = process.run(argv, timeout_s=30)
+    if done.returncode:
+        raise SandbatchError(argv[0], process.last_words(done.stderr) or "failed", "run as root; see sandbatch doctor")
+    return done.stdout

@@ -1,0 +1,80 @@
+"""Our own network, `sandbatch`: of the shape of gVisor's CNI tutorial, on a subnet that is free on this host."""
+
+import json
+import os
+from collections.abc import Iterator
+from ipaddress import IPv4Network
+from pathlib import Path
+
+from pyroute2 import IPRoute
+
+from worker.cni_config import list_networks
+from worker.errors import HostNotReady
+from worker.settings import Settings
+
+NAME = "sandbatch"
+FILE = "10-sandbatch.conflist"
+LIBCNI_DIR = Path("/var/lib/cni")
+
+
+def ensure_network(settings: Settings) -> Path:
+    """Write our network's file where it is missing; one that is there stays as it is.
+
+    Raises:
+        HostNotReady: No private subnet is free.
+    """
+    file = settings.own_cni_conf_dir / FILE
+    if file.exists():
+        return file
+    with IPRoute() as ipr:
+        taken = [*_routes(ipr), *_configured(settings)]
+        links = {str(link.get_attr("IFLA_IFNAME")) for link in ipr.get_links()}
+    subnet = next((one for one in _candidates() if not any(one.overlaps(other) for other in taken)), None)
+    if subnet is None:
+        raise HostNotReady(f"network {NAME}", "no private subnet is free on this host", f"write {file} by hand")
+    bridge = next(f"{NAME}{number}" for number in range(1000) if f"{NAME}{number}" not in links)
+    ipam = {"type": "host-local", "subnet": str(subnet), "routes": [{"dst": "0.0.0.0/0"}]}
+    if settings.cni_cache_dir != LIBCNI_DIR:  # a host of its own beside the machine's: leases, too
+        ipam["dataDir"] = str(settings.cni_cache_dir / "networks")
+    plugin = {"type": "bridge", "bridge": bridge, "isGateway": True, "ipMasq": True, "ipam": ipam}
+    document = {"cniVersion": "1.0.0", "name": NAME, "plugins": [plugin]}
+    file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    temporary = file.with_name(f".{FILE}.{os.getpid()}")
+    temporary.write_text(json.dumps(document, indent=2) + "\n")
+    temporary.rename(file)
+    return file
+
+
+def _candidates() -> Iterator[IPv4Network]:
+    """Big enough for a full bridge (1,023 ports) and the reuse of addresses that lags behind."""
+    yield from (IPv4Network(f"10.{number}.0.0/16") for number in (*range(88, 128), *range(188, 250)))
+    yield from (IPv4Network(f"172.{number}.0.0/16") for number in range(20, 32))
+    yield from (IPv4Network(f"192.168.{number}.0/20") for number in range(0, 256, 16))
+
+
+def _routes(ipr: IPRoute) -> list[IPv4Network]:
+    routes = ipr.get_routes(family=2)
+    found = [(route.get_attr("RTA_DST"), route["dst_len"]) for route in routes]
+    return [IPv4Network(f"{address}/{length}", strict=False) for address, length in found if address and length]
+
+
+def _configured(settings: Settings) -> list[IPv4Network]:
+    """Subnets of the users' networks: their bridge may not be there yet."""
+    found = []
+    for network in list_networks([settings.cni_conf_dir])[0].values():
+        for text in _subnets([dict(plugin) for plugin in network.plugins]):
+            if ":" not in text:
+                found.append(IPv4Network(text, strict=False))
+    return found
+
+
+def _subnets(value: object) -> Iterator[str]:
+    if isinstance(value, dict):
+        for name, one in value.items():
+            if name == "subnet" and isinstance(one, str):
+                yield one
+            else:
+                yield from _subnets(one)
+    elif isinstance(value, list):
+        for one in value:
+            yield from _subnets(one)
