@@ -185,6 +185,11 @@ class Record:
             return False
         return self.put(container_id, State.CANCELLED, attempt, {}) == 1
 
+    def mark_removed(self, container_id: str) -> None:
+        """Leave it out of what `ls` shows; the record itself goes some time after its end."""
+        if self.client.exists(_key(container_id)):
+            self.client.hset(_key(container_id), "removed", "1")
+
     def get(self, container_id: str) -> dict[str, Any] | None:
         """One sandbox in the shape of `--json` (CLI.md); None if there is no record."""
         raw = cast("dict[str, str]", self.client.hgetall(_key(container_id)))
@@ -294,6 +299,7 @@ def shape(raw: dict[str, str]) -> dict[str, Any]:
         "ended_at": raw.get("ended_at"),
         "exit_code": int(raw["exit_code"]) if raw.get("exit_code") else None,
         "error": json.loads(raw["error"]) if raw.get("error") else None,
+        "removed": raw.get("removed") == "1",
         "stages": stages,
         "spec": spec,
     }

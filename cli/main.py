@@ -1,0 +1,330 @@
+"""The command line: each command parses, calls one function and prints."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cli import output, render
+from cli.client import Client, pair, shown
+from cli.output import err, errors_for_humans, out, print_json, say
+from tasks.state import TERMINAL, State
+from worker.errors import BadInput
+from worker.settings import load_settings
+from worker.spec import make_spec
+
+app = typer.Typer(
+    name="sandbatch",
+    help="Launch gVisor sandboxes in batches, each in its own network namespace on a CNI network.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Ids = Annotated[list[str] | None, typer.Argument(metavar="[ID]…", help="Full ids or unique prefixes.")]
+Batch = Annotated[str | None, typer.Option(help="All sandboxes of one batch.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document, for programs.")]
+Host = Annotated[str | None, typer.Option(help="Name of this host; its queue is host.NAME.")]
+
+
+@app.callback()
+def options(
+    config: Annotated[Path | None, typer.Option(help="Settings file.", metavar="FILE")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Tracebacks of errors.")] = False,
+) -> None:
+    """Options before the command."""
+    output.debug = debug
+    if config is not None:
+        with errors_for_humans():
+            if not config.is_file():
+                raise BadInput(f"--config {config}", "no such file", "name a TOML file")
+            os.environ["SANDBATCH_CONFIG"] = str(config.absolute())  # the worker's children read it, too
+
+
+# -- commands of a host --------------------------------------------------------------------------
+
+
+@app.command(epilog="Example: sandbatch setup --dry-run")
+def setup(dry_run: Annotated[bool, typer.Option(help="Say what would be done, and do nothing.")] = False) -> None:
+    """Install what this host lacks, and write our own network."""
+    from worker.setup import setup as run_setup
+
+    with errors_for_humans():
+        if not run_setup(load_settings(), say, dry_run=dry_run):
+            say("nothing to install")
+
+
+@app.command(epilog="Example: sandbatch doctor --json")
+def doctor(as_json: Json = False) -> None:
+    """Show what a host needs: found, version, ok or the mend. Exit 0 only if all is ok."""
+    from worker.doctor import doctor as look
+
+    with errors_for_humans():
+        rows = look(load_settings())
+        if as_json:
+            print_json([row.__dict__ for row in rows])
+        else:
+            table = render.table("NEEDED", "OK", "VERSION", "FOUND", "MEND")
+            for row in rows:
+                table.add_row(row.name, "ok" if row.ok else "NO", row.version, row.found, row.mend)
+            out.print(table)
+        if not all(row.ok for row in rows):
+            raise typer.Exit(1)
+
+
+@app.command(epilog="Example: sandbatch up --host build-7")
+def up(
+    host: Host = None,
+    flower: Annotated[bool, typer.Option("--flower", help="Flower, too, on port 5555 of the loopback.")] = False,
+) -> None:
+    """Be everything on this machine: embedded broker and worker, until Ctrl-C. Sandboxes go on."""
+    from cli.up import run_up
+
+    with errors_for_humans():
+        raise typer.Exit(run_up(load_settings(host=host), with_flower=flower))
+
+
+@app.command(epilog="Example: sandbatch worker --host build-7 --capacity 200")
+def worker(
+    host: Host = None,
+    capacity: Annotated[int | None, typer.Option(help="Sandboxes at a time.")] = None,
+    concurrency: Annotated[int | None, typer.Option(help="Launches at a time.")] = None,
+) -> None:
+    """Run this host's worker until it is told to stop. Sandboxes go on."""
+    from cli.up import run_host_worker
+
+    with errors_for_humans():
+        run_host_worker(load_settings(host=host, capacity=capacity, slots=concurrency))
+
+
+@app.command(epilog="Example: sandbatch flower --port 5555")
+def flower(
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 5555,
+    address: Annotated[str, typer.Option(help="Beyond the loopback FLOWER_BASIC_AUTH is needed.")] = "127.0.0.1",
+) -> None:
+    """Run Flower on the same broker."""
+    from cli.up import flower_argv
+
+    with errors_for_humans():
+        settings = load_settings()
+        Client(settings)
+        argv = flower_argv(port, address)
+        os.execv(argv[0], argv)  # noqa: S606 - argv list, no shell
+
+
+@app.command(epilog="Example: sandbatch audit --json")
+def audit(as_json: Json = False) -> None:
+    """Compare this host with its journals: prints what should not be there or is missing; 0 if clean."""
+    from worker.audit import audit as look
+
+    with errors_for_humans():
+        _need_root("audit")
+        findings = look(load_settings())
+        if as_json:
+            print_json([finding.__dict__ for finding in findings])
+        elif findings:
+            table = render.table("KIND", "OBJECT", "PROBLEM", "SANDBOX", "DETAIL")
+            for one in findings:
+                table.add_row(one.kind, one.name, one.problem, one.container_id or "-", one.detail)
+            out.print(table)
+        say("audit: clean" if not findings else f"audit: {len(findings)} found")
+        if findings:
+            raise typer.Exit(1)
+
+
+@app.command(epilog="Example: sandbatch demo")
+def demo() -> None:
+    """Run gVisor's CNI tutorial three times, start to end, and prove that nothing is left."""
+    from cli.demo import run_demo
+
+    with errors_for_humans():
+        _need_root("demo")
+        raise typer.Exit(run_demo(load_settings()))
+
+
+# -- commands of a user --------------------------------------------------------------------------
+
+
+@app.command(
+    epilog="Example: sandbatch run --count 3 --ready http:8000/ --cwd /var/www/html -- python3 -m http.server 8000",
+    context_settings={"allow_interspersed_args": False},
+)
+def run(
+    args: Annotated[list[str] | None, typer.Argument(metavar="CMD [ARG]…", help="The command, after --.")] = None,
+    count: Annotated[int, typer.Option("-n", "--count", min=1, help="Sandboxes to launch.")] = 1,
+    rootfs: Annotated[str, typer.Option(metavar="host|DIR", help="Root file system, shared and read-only.")] = "host",
+    network: Annotated[str | None, typer.Option(help="CNI network; by default that of the settings.")] = None,
+    host: Annotated[str | None, typer.Option(help="Only on this host.")] = None,
+    env: Annotated[list[str] | None, typer.Option("-e", "--env", metavar="K=V")] = None,
+    cwd: Annotated[str, typer.Option(metavar="DIR", help="Working directory.")] = "/",
+    label: Annotated[list[str] | None, typer.Option("-l", "--label", metavar="K=V")] = None,
+    ready: Annotated[str, typer.Option(metavar="tcp:PORT|http:PORT/PATH|none")] = "none",
+    ready_timeout: Annotated[float, typer.Option(metavar="S", help="Seconds until an answer.")] = 60.0,
+    wait: Annotated[bool, typer.Option("--wait", help="Until they run; exit 1 if one fails.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Enqueue sandboxes and print their ids, one a line."""
+    from tasks.submit import submit
+
+    with errors_for_humans():
+        settings = load_settings()
+        spec = make_spec(
+            args=args or [],
+            rootfs=rootfs,
+            network=network or settings.network,
+            host=host,
+            env=dict(pair(one, "--env") for one in env or []),
+            cwd=cwd,
+            labels=dict(pair(one, "--label") for one in label or []),
+            ready=ready,
+            ready_timeout_s=ready_timeout,
+        )
+        client = Client(settings)
+        client.validate(spec)
+        batch, ids = submit(client.app(), client.record, settings, [spec] * count)
+        say(f"batch {batch}")
+        if not as_json:
+            out.print("\n".join(ids))
+        states = _wait(client, ids, "running", None) if wait else {}
+        if as_json:
+            print_json([shown(row) for row in client.record.get_all(ids)])
+        if any(state != State.RUNNING for state in states.values()):
+            raise _tell_failures(client, ids)
+
+
+@app.command(epilog="Example: sandbatch ls --state running --label team=red")
+def ls(
+    batch: Batch = None,
+    host: Annotated[str | None, typer.Option(help="Only of this host.")] = None,
+    state: Annotated[list[str] | None, typer.Option(help="Only in this state; may be repeated.")] = None,
+    label: Annotated[list[str] | None, typer.Option("-l", "--label", metavar="K=V")] = None,
+    everything: Annotated[bool, typer.Option("-a", "--all", help="Removed ones, too.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List sandboxes, oldest first; those removed are left out unless asked for."""
+    with errors_for_humans():
+        client = Client(load_settings())
+        rows = client.select(batch=batch, host=host, states=state or [], labels=label or [])
+        rows = [row for row in rows if everything or state or batch or not row["removed"]]
+        if as_json:
+            print_json([shown(row) for row in rows])
+        else:
+            out.print(render.sandboxes(rows))
+
+
+@app.command(epilog="Example: sandbatch show sb-0123")
+def show(container_id: Annotated[str, typer.Argument(metavar="ID")], as_json: Json = False) -> None:
+    """Show one sandbox: spec, host, IP, and the timeline of its stages and undos."""
+    with errors_for_humans():
+        row = Client(load_settings()).resolve([container_id])[0]
+        if as_json:
+            print_json(shown(row))
+        else:
+            out.print(render.details(row))
+            if row["stages"]:
+                out.print()
+                out.print(render.timeline(row["stages"]))
+
+
+@app.command(epilog="Example: sandbatch wait --batch b-0123456789ab --for running --timeout 60")
+def wait(
+    ids: Ids = None,
+    batch: Batch = None,
+    goal: Annotated[str, typer.Option("--for", metavar="running|terminal")] = "terminal",
+    timeout: Annotated[float | None, typer.Option(metavar="S", help="Longest wait in seconds.")] = None,
+) -> None:
+    """Wait until sandboxes run or have ended; exit 1 if one failed or the time is up."""
+    with errors_for_humans():
+        if goal not in ("running", "terminal"):
+            raise BadInput(f"--for {goal}", "not known", "running or terminal")
+        client = Client(load_settings())
+        wanted = _named(client, ids, batch)
+        states = _wait(client, [row["id"] for row in wanted], goal, timeout)
+        good = {State.RUNNING} if goal == "running" else {State.EXITED, State.CANCELLED}
+        late = [one for one, state in states.items() if state not in good and state not in TERMINAL]
+        if late:
+            say(f"sandbatch: wait: {len(late)} of {len(states)} not there yet; see sandbatch ls")
+        if any(state not in good for state in states.values()):
+            raise _tell_failures(client, list(states))
+
+
+@app.command(epilog="Example: sandbatch rm --all")
+def rm(
+    ids: Ids = None,
+    batch: Batch = None,
+    everything: Annotated[bool, typer.Option("--all", help="All that are not removed yet.")] = False,
+    force: Annotated[bool, typer.Option("-f", "--force", help="No error for ids that are not known.")] = False,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Ask for it, and return.")] = False,
+) -> None:
+    """Stop and remove sandboxes; waits until nothing of them is left. Prints their ids."""
+    from tasks.submit import remove
+
+    with errors_for_humans():
+        client = Client(load_settings())
+        if everything:
+            rows = [row for row in client.select() if not row["removed"]]
+        else:
+            try:
+                rows = _named(client, ids, batch)
+            except BadInput:
+                if not force:
+                    raise
+                rows = []
+        sender = client.app()
+        for row in rows:
+            client.record.mark_removed(row["id"])
+            if row["state"] not in TERMINAL:
+                remove(sender, client.record, row)
+        names = [row["id"] for row in rows]
+        states = {} if no_wait else _wait(client, names, "terminal", None)
+        if names:
+            out.print("\n".join(names))
+        stuck = [one for one, state in states.items() if state == State.STUCK]
+        if stuck:
+            say(f"sandbatch: rm: {', '.join(stuck)} stuck, its host goes on trying; see sandbatch show")
+            raise typer.Exit(1)
+
+
+def main() -> None:
+    """The `sandbatch` program."""
+    app()
+
+
+def _named(client: Client, ids: list[str] | None, batch: str | None) -> list[dict[str, Any]]:
+    if not ids and batch is None:
+        raise BadInput("ID", "none given", "name ids, or --batch")
+    return client.select(ids or (), batch=batch)
+
+
+def _wait(client: Client, ids: list[str], goal: str, timeout_s: float | None) -> dict[str, str]:
+    """Wait with a progress bar on a terminal, in silence elsewhere."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from cli.client import has_reached
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=True, disable=not sys.stderr.isatty()) as progress:
+        bar = progress.add_task(goal, total=len(ids))
+
+        def draw(states: dict[str, str]) -> None:
+            counts = {state: list(states.values()).count(state) for state in dict.fromkeys(states.values())}
+            words = ", ".join(f"{number} {state}" for state, number in counts.items())
+            done = sum(has_reached(state, goal) for state in states.values())
+            progress.update(bar, completed=done, description=words)
+
+        return client.wait(ids, goal, timeout_s, draw)
+
+
+def _tell_failures(client: Client, ids: list[str]) -> typer.Exit:
+    for row in client.record.get_all(ids):
+        if row["error"]:
+            say(f"sandbatch: {row['id']}: {row['state']} at {row['error']['stage']}: {row['error']['message']}")
+    return typer.Exit(1)
+
+
+def _need_root(command: str) -> None:
+    if os.geteuid() != 0:
+        raise BadInput(command, "root is needed", "run it as root on the host")
+

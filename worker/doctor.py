@@ -1,0 +1,116 @@
+"""What a host needs, one row for each thing: found, version, ok or the mend."""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from worker import process
+from worker.cni import CniRuntime
+from worker.cni_config import find_network
+from worker.errors import BadNetwork, HostNotReady, SandbatchError
+from worker.probe_runsc import probe
+from worker.runsc import find_binary
+from worker.settings import Settings
+
+SETUP = "sandbatch setup"
+# Program -> Debian package. What our own code starts, on every launch.
+PROGRAMS = {
+    "conmon": "conmon",
+    "tini": "tini",
+    "iptables": "iptables",
+    "setpriv": "util-linux",
+    "nsenter": "util-linux",
+    "unshare": "util-linux",
+}
+PLUGINS = ("bridge", "host-local", "loopback")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing: where it was found, its version, and what to do where it is not ok."""
+
+    name: str
+    found: str
+    version: str
+    ok: bool
+    mend: str
+
+
+def doctor(settings: Settings) -> list[Row]:
+    """Look at everything that a host needs. Runs a sandbox with runsc, unless the same one passed before."""
+    rows = [_root()]
+    rows += [_program(name) for name in PROGRAMS]
+    rows += list(_plugins(settings))
+    rows += [_network(settings), _runsc(settings)]
+    return rows
+
+
+def check_host(settings: Settings) -> None:
+    """Refuse a host that lacks something.
+
+    Raises:
+        HostNotReady: The first thing that is lacking, as `doctor` says it.
+    """
+    for row in doctor(settings):
+        if not row.ok:
+            raise HostNotReady(row.name, row.found, row.mend)
+
+
+def _root() -> Row:
+    is_root = os.geteuid() == 0
+    return Row("root", f"uid {os.geteuid()}", "", is_root, "" if is_root else "run as root")
+
+
+def _program(name: str) -> Row:
+    path = shutil.which(name)
+    if path is None:
+        return Row(name, "not on the PATH", "", False, f"{SETUP}, or apt-get install {PROGRAMS[name]}")
+    done = process.run([path, "--version"], timeout_s=10)
+    version = re.search(r"\d+(?:\.\d+)+", done.stdout + done.stderr)
+    return Row(name, path, version[0] if version else "", True, "")
+
+
+def _plugins(settings: Settings) -> Iterator[Row]:
+    cni = CniRuntime.from_settings(settings)
+    for name in PLUGINS:
+        path = next((folder / name for folder in settings.cni_paths if (folder / name).is_file()), None)
+        if path is None:
+            mend = f"{SETUP}, or apt-get install containernetworking-plugins"
+            yield Row(f"CNI plugin {name}", f"not in {settings.cni_path}", "", False, mend)
+            continue
+        try:
+            yield Row(f"CNI plugin {name}", str(path), "CNI " + ", ".join(cni.cni_version(name)[-3:]), True, "")
+        except (SandbatchError, ValueError) as error:
+            yield Row(f"CNI plugin {name}", f"{path}: {error}", "", False, "reinstall containernetworking-plugins")
+
+
+def _network(settings: Settings) -> Row:
+    name = f"network {settings.network}"
+    try:
+        network = find_network(settings.network, (settings.own_cni_conf_dir, settings.cni_conf_dir))
+    except BadNetwork as error:
+        return Row(name, error.why, "", False, f"{SETUP}; {error.todo}")
+    missing = CniRuntime.from_settings(settings).missing_plugins(network)
+    if missing:
+        return Row(name, f"plugin {', '.join(missing)} not found", network.cni_version, False, "install the plugin")
+    return Row(name, str(network.file or "found"), f"CNI {network.cni_version}", True, "")
+
+
+def _runsc(settings: Settings) -> Row:
+    try:
+        binary = find_binary(settings)
+        if shutil.which("conmon") is None:
+            return Row("runsc", str(binary), "", False, "cannot be judged without conmon")
+        if os.geteuid() != 0:
+            return Row("runsc", str(binary), "", False, "cannot be judged without root")
+        found = probe(settings)
+    except HostNotReady as error:
+        return Row("runsc", error.why, "", False, error.todo)
+    except SandbatchError as error:
+        return Row("runsc", str(error), "", False, SETUP)
+    if not found.ok:
+        return Row("runsc", f"{binary}: {found.error}", found.version, False, f"{SETUP}, or a release of gVisor's")
+    trick = ", with /proc/sys/net/core hidden" if found.hides_sysctl else ""
+    return Row("runsc", str(binary) + trick, found.version, True, "")
