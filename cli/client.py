@@ -136,7 +136,10 @@ class Client:
 
 
 def has_reached(state: str, goal: str) -> bool:
-    return state in TERMINAL or (goal == "running" and state in (State.RUNNING, State.STUCK))
+    """`gone` gives up on the stuck: their host goes on trying, perhaps for ever."""
+    if goal == "running":
+        return state in TERMINAL or state in (State.RUNNING, State.STUCK)
+    return state in TERMINAL or (goal == "gone" and state == State.STUCK)
 
 
 def pair(text: str, flag: str) -> tuple[str, str]:

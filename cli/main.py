@@ -47,7 +47,9 @@ def options(
 
 
 @app.command(epilog="Example: sandbatch setup --dry-run")
-def setup(dry_run: Annotated[bool, typer.Option(help="Say what would be done, and do nothing.")] = False) -> None:
+def setup(
+    dry_run: Annotated[bool, typer.Option(help="Say what would be done, and do nothing.")] = False,
+) -> None:
     """Install what this host lacks, and write our own network."""
     from worker.setup import setup as run_setup
 
@@ -77,7 +79,9 @@ def doctor(as_json: Json = False) -> None:
 @app.command(epilog="Example: sandbatch up --host build-7")
 def up(
     host: Host = None,
-    flower: Annotated[bool, typer.Option("--flower", help="Flower, too, on port 5555 of the loopback.")] = False,
+    flower: Annotated[
+        bool, typer.Option("--flower", help="Flower, too, on port 5555 of the loopback.")
+    ] = False,
 ) -> None:
     """Be everything on this machine: embedded broker and worker, until Ctrl-C. Sandboxes go on."""
     from cli.up import run_up
@@ -102,7 +106,9 @@ def worker(
 @app.command(epilog="Example: sandbatch flower --port 5555")
 def flower(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 5555,
-    address: Annotated[str, typer.Option(help="Beyond the loopback FLOWER_BASIC_AUTH is needed.")] = "127.0.0.1",
+    address: Annotated[
+        str, typer.Option(help="Beyond the loopback FLOWER_BASIC_AUTH is needed.")
+    ] = "127.0.0.1",
 ) -> None:
     """Run Flower on the same broker."""
     from cli.up import flower_argv
@@ -152,9 +158,13 @@ def demo() -> None:
     context_settings={"allow_interspersed_args": False},
 )
 def run(
-    args: Annotated[list[str] | None, typer.Argument(metavar="CMD [ARG]…", help="The command, after --.")] = None,
+    args: Annotated[
+        list[str] | None, typer.Argument(metavar="CMD [ARG]…", help="The command, after --.")
+    ] = None,
     count: Annotated[int, typer.Option("-n", "--count", min=1, help="Sandboxes to launch.")] = 1,
-    rootfs: Annotated[str, typer.Option(metavar="host|DIR", help="Root file system, shared and read-only.")] = "host",
+    rootfs: Annotated[
+        str, typer.Option(metavar="host|DIR", help="Root file system, shared and read-only.")
+    ] = "host",
     network: Annotated[str | None, typer.Option(help="CNI network; by default that of the settings.")] = None,
     host: Annotated[str | None, typer.Option(help="Only on this host.")] = None,
     env: Annotated[list[str] | None, typer.Option("-e", "--env", metavar="K=V")] = None,
@@ -255,7 +265,9 @@ def rm(
     ids: Ids = None,
     batch: Batch = None,
     everything: Annotated[bool, typer.Option("--all", help="All that are not removed yet.")] = False,
-    force: Annotated[bool, typer.Option("-f", "--force", help="No error for ids that are not known.")] = False,
+    force: Annotated[
+        bool, typer.Option("-f", "--force", help="No error for ids that are not known.")
+    ] = False,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Ask for it, and return.")] = False,
 ) -> None:
     """Stop and remove sandboxes; waits until nothing of them is left. Prints their ids."""
@@ -278,7 +290,7 @@ def rm(
             if row["state"] not in TERMINAL:
                 remove(sender, client.record, row)
         names = [row["id"] for row in rows]
-        states = {} if no_wait else _wait(client, names, "terminal", None)
+        states = {} if no_wait else _wait(client, names, "gone", None)
         if names:
             out.print("\n".join(names))
         stuck = [one for one, state in states.items() if state == State.STUCK]
@@ -320,11 +332,12 @@ def _wait(client: Client, ids: list[str], goal: str, timeout_s: float | None) ->
 def _tell_failures(client: Client, ids: list[str]) -> typer.Exit:
     for row in client.record.get_all(ids):
         if row["error"]:
-            say(f"sandbatch: {row['id']}: {row['state']} at {row['error']['stage']}: {row['error']['message']}")
+            say(
+                f"sandbatch: {row['id']}: {row['state']} at {row['error']['stage']}: {row['error']['message']}"
+            )
     return typer.Exit(1)
 
 
 def _need_root(command: str) -> None:
     if os.geteuid() != 0:
         raise BadInput(command, "root is needed", "run it as root on the host")
-

@@ -280,7 +280,7 @@ def view(journal: Journal) -> tuple[State, dict[str, str]]:
 def shape(raw: dict[str, str]) -> dict[str, Any]:
     """A record in the shape of `--json` of a sandbox (CLI.md)."""
     spec = json.loads(raw.get("spec") or "{}")
-    stages = [{"do|undo": run.pop("verb"), **run} for run in json.loads(raw.get("stages") or "[]")]
+    stages = [{"do|undo": run["verb"], **run} for run in json.loads(raw.get("stages") or "[]")]
     return {
         "id": raw["id"],
         "batch": raw.get("batch"),

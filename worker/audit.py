@@ -54,7 +54,9 @@ class _Look:
         known = self.journals.get(container_id)
         return known is not None and stage in known.begun
 
-    def compare(self, kind: str, stage: str, found: dict[str, str], due: dict[str, str] | None = None) -> None:
+    def compare(
+        self, kind: str, stage: str, found: dict[str, str], due: dict[str, str] | None = None
+    ) -> None:
         """`found` and `due`: name of an object -> id of its sandbox; without `due` only extras are looked for."""
         for name, container_id in found.items():
             if not self.may_hold(container_id, stage):
@@ -85,7 +87,13 @@ def _look(settings: Settings) -> set[Finding]:
     for known in journals:
         stuck = known.facts.get("stuck")
         if stuck and not known.final:
-            look._add("sandbox", known.container_id, "stuck", known.container_id, f"{stuck['stage']}: {stuck['message']}")
+            look._add(
+                "sandbox",
+                known.container_id,
+                "stuck",
+                known.container_id,
+                f"{stuck['stage']}: {stuck['message']}",
+            )
     done = {known.container_id: known for known in journals}
     look.compare("netns", "netns", _netns(), {one: one for one in done})
     _network_objects(look, done)
@@ -101,7 +109,9 @@ def _netns() -> dict[str, str]:
 
 def _network_objects(look: _Look, done: dict[str, Journal]) -> None:
     settings = look.settings
-    entries = [one for one in cni_cache.list_entries(settings.cni_cache_dir) if CONTAINER_ID.match(one.container_id)]
+    entries = [
+        one for one in cni_cache.list_entries(settings.cni_cache_dir) if CONTAINER_ID.match(one.container_id)
+    ]
     for entry in entries:
         try:
             look.networks.setdefault(entry.network, network_from_bytes(entry.config))
@@ -153,7 +163,9 @@ def _leases(look: _Look) -> dict[str, str]:
 
 def _veths(look: _Look, attached: dict[str, Journal]) -> None:
     bridges = {p.get("bridge", "cni0") for p in _own_plugins(look) if p["type"] == "bridge"}
-    due = {name: one for one, known in attached.items() for name in _host_ends(known.data["network"]["result"])}
+    due = {
+        name: one for one, known in attached.items() for name in _host_ends(known.data["network"]["result"])
+    }
     with IPRoute() as ipr:
         links = list(ipr.get_links())
     names = {link["index"]: str(link.get_attr("IFLA_IFNAME")) for link in links}
@@ -222,7 +234,9 @@ def _files(look: _Look, done: dict[str, Journal]) -> None:
         if folder.name not in look.journals and not (folder / journal.FILE).exists():
             look._add("folder", str(folder), "extra", folder.name, "it has no journal")
     configs = {str(known.bundle / "config.json"): one for one, known in done.items()}
-    look.compare("bundle", "bundle", {one: owner for one, owner in configs.items() if Path(one).exists()}, configs)
+    look.compare(
+        "bundle", "bundle", {one: owner for one, owner in configs.items() if Path(one).exists()}, configs
+    )
     for kind, place in (("runsc state", settings.runsc_root), ("exit file", settings.exit_dir)):
         found = {}
         for name in os.listdir(place) if place.is_dir() else []:
@@ -262,5 +276,7 @@ def _mounts_and_cgroups(look: _Look) -> None:
 def _output(*argv: str) -> str:
     done = process.run(argv, timeout_s=30)
     if done.returncode:
-        raise SandbatchError(argv[0], process.last_words(done.stderr) or "failed", "run as root; see sandbatch doctor")
+        raise SandbatchError(
+            argv[0], process.last_words(done.stderr) or "failed", "run as root; see sandbatch doctor"
+        )
     return done.stdout

@@ -81,9 +81,13 @@ def _plugins(settings: Settings) -> Iterator[Row]:
             yield Row(f"CNI plugin {name}", f"not in {settings.cni_path}", "", False, mend)
             continue
         try:
-            yield Row(f"CNI plugin {name}", str(path), "CNI " + ", ".join(cni.cni_version(name)[-3:]), True, "")
+            yield Row(
+                f"CNI plugin {name}", str(path), "CNI " + ", ".join(cni.cni_version(name)[-3:]), True, ""
+            )
         except (SandbatchError, ValueError) as error:
-            yield Row(f"CNI plugin {name}", f"{path}: {error}", "", False, "reinstall containernetworking-plugins")
+            yield Row(
+                f"CNI plugin {name}", f"{path}: {error}", "", False, "reinstall containernetworking-plugins"
+            )
 
 
 def _network(settings: Settings) -> Row:
@@ -94,7 +98,9 @@ def _network(settings: Settings) -> Row:
         return Row(name, error.why, "", False, f"{SETUP}; {error.todo}")
     missing = CniRuntime.from_settings(settings).missing_plugins(network)
     if missing:
-        return Row(name, f"plugin {', '.join(missing)} not found", network.cni_version, False, "install the plugin")
+        return Row(
+            name, f"plugin {', '.join(missing)} not found", network.cni_version, False, "install the plugin"
+        )
     return Row(name, str(network.file or "found"), f"CNI {network.cni_version}", True, "")
 
 
@@ -111,6 +117,8 @@ def _runsc(settings: Settings) -> Row:
     except SandbatchError as error:
         return Row("runsc", str(error), "", False, SETUP)
     if not found.ok:
-        return Row("runsc", f"{binary}: {found.error}", found.version, False, f"{SETUP}, or a release of gVisor's")
+        return Row(
+            "runsc", f"{binary}: {found.error}", found.version, False, f"{SETUP}, or a release of gVisor's"
+        )
     trick = ", with /proc/sys/net/core hidden" if found.hides_sysctl else ""
     return Row("runsc", str(binary) + trick, found.version, True, "")

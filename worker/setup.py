@@ -98,7 +98,13 @@ def _codename() -> str:
 def _mirror() -> str:
     """Where this machine's own Debian packages come from, so that a mirror or a proxy is kept."""
     done = process.run(
-        ["apt-get", "indextargets", "--format", "$(REPO_URI) $(CODENAME) $(COMPONENT)", "Created-By: Packages"],
+        [
+            "apt-get",
+            "indextargets",
+            "--format",
+            "$(REPO_URI) $(CODENAME) $(COMPONENT)",
+            "Created-By: Packages",
+        ],
         timeout_s=60,
     )
     codename = _codename()
@@ -106,7 +112,9 @@ def _mirror() -> str:
         uri, _, rest = line.partition(" ")
         if rest == f"{codename} main":
             return uri
-    raise HostNotReady("setup", f"apt knows no source of Debian {codename}", "install runsc by hand: see the README")
+    raise HostNotReady(
+        "setup", f"apt knows no source of Debian {codename}", "install runsc by hand: see the README"
+    )
 
 
 def _apt(*args: str) -> None:

@@ -31,7 +31,9 @@ def ensure_network(settings: Settings) -> Path:
         links = {str(link.get_attr("IFLA_IFNAME")) for link in ipr.get_links()}
     subnet = next((one for one in _candidates() if not any(one.overlaps(other) for other in taken)), None)
     if subnet is None:
-        raise HostNotReady(f"network {NAME}", "no private subnet is free on this host", f"write {file} by hand")
+        raise HostNotReady(
+            f"network {NAME}", "no private subnet is free on this host", f"write {file} by hand"
+        )
     bridge = next(f"{NAME}{number}" for number in range(1000) if f"{NAME}{number}" not in links)
     ipam = {"type": "host-local", "subnet": str(subnet), "routes": [{"dst": "0.0.0.0/0"}]}
     if settings.cni_cache_dir != LIBCNI_DIR:  # a host of its own beside the machine's: leases, too
@@ -55,7 +57,9 @@ def _candidates() -> Iterator[IPv4Network]:
 def _routes(ipr: IPRoute) -> list[IPv4Network]:
     routes = ipr.get_routes(family=2)
     found = [(route.get_attr("RTA_DST"), route["dst_len"]) for route in routes]
-    return [IPv4Network(f"{address}/{length}", strict=False) for address, length in found if address and length]
+    return [
+        IPv4Network(f"{address}/{length}", strict=False) for address, length in found if address and length
+    ]
 
 
 def _configured(settings: Settings) -> list[IPv4Network]:

@@ -1,0 +1,129 @@
+"""The long-running commands of a host: worker, up, Flower."""
+
+import contextlib
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+from cli.output import say
+from tasks.record import check, connect
+from worker.doctor import check_host
+from worker.errors import BadInput, HostNotReady
+from worker.settings import Settings
+from worker.subnet import ensure_network
+
+UNDER_TINI = "SANDBATCH_UNDER_TINI"
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+STOP_S = 60  # a stage that is under way is finished; the longest deadline of one is 30 s
+FLAGS = ("host", "capacity", "slots")
+
+
+def run_host_worker(settings: Settings) -> None:
+    """Run this host's worker in this process, under `tini -s`.
+
+    tini reaps what becomes an orphan here: runsc takes a zombie for a running sandbox, and Python
+    must not reap strangers (DESIGN, point 5).
+
+    Raises:
+        HostNotReady: The host lacks something, or another worker runs.
+        BrokerError: No broker answers.
+    """
+    if os.geteuid() != 0:
+        raise BadInput("worker", "root is needed", "run it as root on the host")
+    for name in FLAGS:  # flags reach the tasks, and the process after tini, this way
+        os.environ[f"SANDBATCH_{name.upper()}"] = str(getattr(settings, name))
+    if os.environ.pop(UNDER_TINI, None) is None:
+        tini = shutil.which("tini")
+        if tini is None:
+            raise HostNotReady("tini", "not on the PATH", "sandbatch setup, or apt-get install tini")
+        os.environ[UNDER_TINI] = "1"
+        os.execv(tini, [tini, "-s", "--", sys.executable, "-m", "cli", "worker"])  # noqa: S606 - argv list
+    if settings.network == "sandbatch":
+        ensure_network(settings)
+    check_host(settings)
+    check(connect(settings), settings)
+
+    from tasks.consumer import run_worker, take_host_lock
+
+    take_host_lock(settings)
+    run_worker()
+
+
+def run_up(settings: Settings, *, with_flower: bool) -> int:
+    """Run broker, worker and perhaps Flower as children until a signal comes or one of them ends."""
+    from tasks.broker import embedded_broker
+
+    if os.geteuid() != 0:
+        raise BadInput("up", "root is needed", "run it as root on the host")
+    if not settings.is_broker_embedded:
+        raise BadInput("up", "SANDBATCH_BROKER_URL names another broker", "unset it, or run sandbatch worker")
+    if settings.network == "sandbatch":
+        ensure_network(settings)
+    check_host(settings)
+    with _signals() as signalled, embedded_broker(settings), contextlib.ExitStack() as children:
+        argv = [sys.executable, "-m", "cli", "worker", "--host", settings.host]
+        processes = [children.enter_context(_child(argv))]
+        if with_flower:
+            processes.append(children.enter_context(_child(flower_argv(5555, "127.0.0.1"))))
+        say(f"host {settings.host} is up; Ctrl-C stops it, sandboxes go on")
+        ended = _wait_for_any(processes, signalled)
+    return ended
+
+
+def flower_argv(port: int, address: str) -> list[str]:
+    """Flower's command line; its own settings come from FLOWER_* in the environment.
+
+    Raises:
+        BadInput: It would be open to others without a password.
+    """
+    if address not in LOOPBACK and not os.environ.get("FLOWER_BASIC_AUTH"):
+        raise BadInput(f"--address {address}", "others could reach it", "set FLOWER_BASIC_AUTH=USER:PASSWORD")
+    celery = [sys.executable, "-m", "celery", "-A", "tasks.flower"]
+    return [*celery, "flower", f"--port={port}", f"--address={address}", "--logging=warning"]
+
+
+@contextlib.contextmanager
+def _child(argv: list[str]) -> Iterator["subprocess.Popen[bytes]"]:
+    # A session of its own: Ctrl-C reaches us alone, and we send one TERM, after which Celery
+    # finishes what it does. Two signals would make it drop its work.
+    process = subprocess.Popen(argv, start_new_session=True)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[int]:
+    """A descriptor that can be read once SIGINT or SIGTERM has come."""
+    reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    old = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    old_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    try:
+        yield reader
+    finally:
+        signal.set_wakeup_fd(old_fd)
+        for number, handler in old.items():
+            signal.signal(number, handler)
+        os.close(reader)
+        os.close(writer)
+
+
+def _wait_for_any(processes: list["subprocess.Popen[bytes]"], signalled: int) -> int:
+    """0 after a signal; 1 if a child ended by itself, which it has said why."""
+    fds = [os.pidfd_open(process.pid) for process in processes]
+    try:
+        ready = select.select([signalled, *fds], [], [])[0]
+        return 0 if signalled in ready else 1
+    finally:
+        for fd in fds:
+            os.close(fd)
