@@ -14,7 +14,8 @@ from rich.console import Console
 
 from worker.errors import SandbatchError
 
-out = Console(highlight=False, soft_wrap=True)
+# No terminal, no width: a table in a pipe or a log is never cut.
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 1000)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 debug = False  # set by --debug
 

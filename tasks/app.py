@@ -4,7 +4,7 @@ from functools import lru_cache
 from typing import Any
 
 from celery import Celery
-from kombu import Queue
+from kombu import Exchange, Queue
 
 from worker.settings import Settings, load_settings
 
@@ -98,10 +98,14 @@ def make_app(current: Settings, owner: str) -> Celery:
         worker_cancel_long_running_tasks_on_connection_loss=False,
         enable_utc=True,
     )
-    app.conf.task_queues = (
-        [Queue(LAUNCH_QUEUE), Queue(host_queue(current.host))] if owner != "client" else None
-    )
+    if owner != "client":
+        app.conf.task_queues = [_queue(LAUNCH_QUEUE), _queue(host_queue(current.host))]
     return app
+
+
+def _queue(name: str) -> Queue:
+    """An exchange of its own: Celery's default one would hand every message to every queue."""
+    return Queue(name, Exchange(name, type="direct"), routing_key=name)
 
 
 def options(step: str, host: str | None) -> dict[str, Any]:

@@ -1,15 +1,20 @@
 """What a worker does beside its tasks: host lock, heartbeat, prober, reconcile. A Celery bootstep."""
 
+import ctypes
 import fcntl
 import logging
 import os
 import platform
+import signal
 import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
 import redis
 from celery import bootsteps
+from celery.exceptions import SecurityWarning
+from celery.signals import worker_process_init
 
 from tasks import workflow
 from tasks.app import settings
@@ -21,6 +26,7 @@ from worker import journal as journals
 from worker import reconcile
 from worker.cni_config import list_networks
 from worker.errors import HostNotReady
+from worker.launch import begin_waiting
 from worker.prober import Prober
 from worker.settings import Settings
 
@@ -49,10 +55,10 @@ def take_host_lock(current: Settings) -> int:
     return handle
 
 
-class HostStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery's bootsteps have no types
+class HostStep(bootsteps.StartStopStep):
     """Everything that the main process of a worker does for its host."""
 
-    requires = {"celery.worker.components:Pool"}  # noqa: RUF012 - Celery's own form
+    requires = ("celery.worker.components:Pool",)
 
     def __init__(self, parent: Any, **kwargs: Any) -> None:
         super().__init__(parent, **kwargs)
@@ -104,7 +110,7 @@ class HostStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery's boots
         for known in due.wait:
             if "ready" not in known.begun:
                 with journals.locked(current.sandboxes_dir, known.container_id, wait_s=1) as mine:
-                    workflow.begin_waiting(mine)
+                    begin_waiting(mine)
             self._prober.wait_for(known.container_id)
         for known in [*due.report, *due.relaunch, *due.wait]:
             if workflow.report(known) and known.final:
@@ -126,6 +132,15 @@ class HostStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery's boots
             else:
                 error = workflow._json({"stage": "place", "message": "the host has lost its journal"})
                 self._record.put(container_id, State.FAILED, sandbox["attempt"], {"error": error}, host=host)
+
+
+@worker_process_init.connect
+def die_with_the_worker(**_: Any) -> None:
+    """A pool process must not go on for a killed worker: the next one decides what is due."""
+    prctl_set_pdeathsig = 1
+    ctypes.CDLL(None, use_errno=True).prctl(prctl_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() == 1:  # it died before the call
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def publish_ready(container_id: str, attempt: int, outcome: str, detail: str) -> None:
@@ -161,6 +176,8 @@ def run_worker(concurrency: int | None = None, *, log_level: str = "INFO") -> No
     """Run this host's worker until it is told to stop; the caller has taken the host lock."""
     current = settings()
     workflow.app.steps["worker"].add(HostStep)
+    # The worker is root on purpose: netns, CNI and runsc need it; only JSON is accepted.
+    warnings.filterwarnings("ignore", category=SecurityWarning)
     workflow.this_host()  # the probe runs here once, not in each child
     workflow.app.worker_main(
         [

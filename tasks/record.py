@@ -98,15 +98,12 @@ def connect(settings: Settings, *, patient: bool = False) -> "redis.Redis":
     url = settings.broker_url or f"unix://{settings.broker_socket}"
     url = url.replace("redis+socket://", "unix://", 1)
     retry = Retry(ExponentialBackoff(cap=1.0, base=0.05), 8 if patient else 0)
-    return cast(
-        "redis.Redis",
-        redis.Redis.from_url(
-            url,
-            decode_responses=True,
-            socket_timeout=30 if patient else 4,
-            socket_connect_timeout=4,
-            retry=retry,
-        ),
+    return redis.Redis.from_url(
+        url,
+        decode_responses=True,
+        socket_timeout=30 if patient else 4,
+        socket_connect_timeout=4,
+        retry=retry,
     )
 
 
@@ -147,7 +144,7 @@ class Record:
         for start in range(0, len(ids_and_specs), 1000):
             pipe = self.client.pipeline(transaction=False)
             for container_id, spec in ids_and_specs[start : start + 1000]:
-                fields = {
+                fields: dict[bytes | bytearray | memoryview | str | int | float, Any] = {
                     "id": container_id,
                     "batch": batch,
                     "attempt": 1,
@@ -169,7 +166,7 @@ class Record:
         """Move a record; see the script for the answers."""
         flat = [part for pair in fields.items() for part in pair]
         keys = [_key(container_id), EVENTS, _host_key(host) + ":sandboxes"]
-        head = [container_id, str(state), now(), _MOVES_JSON, _TERMINAL_JSON, attempt]
+        head: list[str | int] = [container_id, str(state), now(), _MOVES_JSON, _TERMINAL_JSON, attempt]
         return int(self._put(keys=keys, args=[*head, "" if seq is None else seq, TERMINAL_KEPT_S, *flat]))
 
     def report(self, journal: Journal, host: str) -> int:

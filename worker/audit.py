@@ -121,7 +121,7 @@ def _network_objects(look: _Look, done: dict[str, Journal]) -> None:
     due_entries = {f"{known.spec.network}-{one}-{IF_NAME}": one for one, known in attached.items()}
     look.compare("cni cache", "network", {one.path.name: one.container_id for one in entries}, due_entries)
     leases = _leases(look)
-    due_leases = {}
+    due_leases: dict[str, str] = {}
     for container_id, known in attached.items():
         folder = _lease_folder(look.networks.get(known.spec.network), settings)
         if folder is not None:

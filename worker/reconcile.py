@@ -10,6 +10,7 @@ from worker.launch import want_end
 from worker.procs import all_sandbox_processes
 from worker.settings import Settings
 
+LAUNCH_QUIET_S = 180.0  # longer than any stage may take: its message is lost
 QUIET_S = 10.0  # an undo that wrote nothing for so long has lost its messages, or failed
 LONGEST_BACKOFF_S = 600.0
 
@@ -32,7 +33,9 @@ def at_start(settings: Settings) -> Due:
     """
     due = Due([], [], [], [])
     boot = boot_id()
-    alive = {proc.container_id for proc in all_sandbox_processes(settings.runsc_root) if not proc.is_zombie}
+    alive = {
+        proc.container_id for proc in all_sandbox_processes(settings.runsc_root) if proc.role == "sandbox"
+    }
     for found in journal.read_all(settings.sandboxes_dir)[0]:
         try:
             with journal.locked(settings.sandboxes_dir, found.container_id, wait_s=2.0) as known:
@@ -89,9 +92,21 @@ def later(settings: Settings) -> Due:
             due.unwind.append(known)
         elif "ready" in known.begun and not known.is_done("ready") and not known.is_unwinding:
             due.wait.append(known)
+        elif not known.is_done("container") and not known.is_unwinding and quiet_s > LAUNCH_QUIET_S:
+            _fence(due, settings, known.container_id)
         elif quiet_s < 60 and known.is_done("ready"):
             due.report.append(known)
     return due
+
+
+def _fence(due: Due, settings: Settings, container_id: str) -> None:
+    try:
+        with journal.locked(settings.sandboxes_dir, container_id) as known:
+            if not known.is_unwinding and not known.is_done("container"):
+                known.new_attempt(known.attempt + 1)
+                due.relaunch.append(known)
+    except (Busy, JournalError):
+        return  # somebody works on it after all
 
 
 def _stage(known: Journal) -> str:
