@@ -1,0 +1,45 @@
+# `make demo` and `make test` on a fresh Debian, as root, need nothing but make.
+VENV := .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+SOURCES := worker tasks cli tests bench
+export DEBIAN_FRONTEND := noninteractive
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test lint bench clean host
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed
+	$(BIN)/sandbatch demo
+
+test: $(VENV)/.dev host lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+
+# What a host needs, where root is given; without it the tests of hosts skip (in CI they fail).
+host: $(VENV)/.installed
+	@if [ "$$(id -u)" = 0 ]; then $(BIN)/sandbatch setup; fi
+
+bench: $(VENV)/.dev host
+	$(BIN)/python bench/launch.py
+
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  [ "$$(id -u)" = 0 ] || { echo "make: python3-venv is missing: apt-get install python3-venv" >&2; exit 1; }; \
+	  apt-get -qq update && apt-get -qq install -y --no-install-recommends python3 python3-venv >/dev/null; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "make: $(PYTHON) is older than 3.11: set PYTHON=" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(BIN)/pip install -q -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
