@@ -72,7 +72,7 @@ end
 return 1
 """
     % EVENTS_KEPT
-)  # noqa: UP031 - the script is full of braces
+)
 
 # KEYS: record, events, sandboxes of the host.  ARGV: id, host, attempt, now.
 # Answers: 1 claimed, 2 was mine already, 0 not to be had.
@@ -90,7 +90,7 @@ redis.call('XADD', KEYS[2], 'MAXLEN', '~', '%d', '*', 'id', ARGV[1],
 return 1
 """
     % EVENTS_KEPT
-)  # noqa: UP031
+)
 
 
 def connect(settings: Settings, *, patient: bool = False) -> "redis.Redis":

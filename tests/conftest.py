@@ -1,0 +1,29 @@
+"""What every test may ask for. A missing part skips on a laptop, with the reason, and fails in CI."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+PLUGIN_DIRS = (Path("/opt/cni/bin"), Path("/usr/lib/cni"))
+PLUGINS = ("bridge", "host-local", "loopback")
+PROGRAMS = ("runsc", "conmon", "tini", "iptables-save", "nsenter", "setpriv", "ip")
+
+
+@pytest.fixture(scope="session")
+def host_parts() -> None:
+    """Root and the real parts of a host; `sandbatch setup` installs them."""
+    lacking = [name for name in PROGRAMS if shutil.which(name) is None]
+    lacking += [f"CNI plugin {name}" for name in PLUGINS if not any((d / name).is_file() for d in PLUGIN_DIRS)]
+    if os.geteuid() != 0:
+        lacking.insert(0, "root")
+    if lacking:
+        lack(f"this machine lacks {', '.join(lacking)}: run sandbatch setup as root")
+
+
+def lack(reason: str) -> None:
+    """Skip for want of a part; in CI a skipped test is a failed one."""
+    if os.environ.get("CI"):
+        pytest.fail(reason)
+    pytest.skip(reason)
