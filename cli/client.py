@@ -13,6 +13,7 @@ from tasks.record import Record, check, connect
 from tasks.state import TERMINAL, State
 from worker.cni_config import find_network
 from worker.errors import BadInput, BadNetwork
+from worker.journal import boot_id
 from worker.rootfs import resolve_rootfs
 from worker.settings import Settings
 from worker.spec import Spec
@@ -87,24 +88,18 @@ class Client:
         hosts = self.record.live_hosts()
         if spec.host is not None and hosts and spec.host not in hosts:
             raise BadInput(f"--host {spec.host}", "no such host", f"known: {', '.join(hosts)}")
-        mine = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         wanted = [facts for name, facts in hosts.items() if spec.host in (None, name)]
-        if (not hosts and self.settings.is_broker_embedded) or any(
-            one["machine_id"] == mine for one in wanted
-        ):
+        is_here = any(one["boot_id"] == boot_id() for one in wanted)
+        if is_here or (not hosts and self.settings.is_broker_embedded):
+            self._check_here(spec, wanted)
+        elif wanted:
+            _check_there(spec, wanted)
+
+    def _check_here(self, spec: Spec, hosts: list[dict[str, Any]]) -> None:
+        """By this machine's own files: they are newer than what its worker said of them."""
+        if not any(spec.network in facts["networks"] for facts in hosts):
             find_network(spec.network, (self.settings.own_cni_conf_dir, self.settings.cni_conf_dir))
-            resolve_rootfs(spec.rootfs, self.settings)
-            return
-        if wanted and not any(spec.network in facts["networks"] for facts in wanted):
-            known = sorted({name for facts in wanted for name in facts["networks"]})
-            raise BadNetwork(
-                f"network {spec.network}", "no host has it", f"known: {', '.join(known) or 'none'}"
-            )
-        if wanted and spec.rootfs != "host":
-            allowed = sorted({folder for facts in wanted for folder in facts["rootfs_allow"]})
-            if not any(Path(spec.rootfs).is_relative_to(folder) for folder in allowed):
-                todo = f"allowed: {', '.join(allowed) or 'none'}"
-                raise BadInput(f"--rootfs {spec.rootfs}", "lies in no folder that a host allows", todo)
+        resolve_rootfs(spec.rootfs, self.settings)
 
     def wait(
         self,
@@ -126,13 +121,25 @@ class Client:
             if left_s <= 0:
                 break
             changed = False
-            for mark, event in self.record.follow(mark, left_s):  # noqa: B007 - the mark moves on with each event
+            for entry, event in self.record.follow(mark, left_s):
+                mark = entry
                 if event["id"] in states:
                     states[event["id"]] = event["state"]
                     changed = True
             if changed:
                 on_change(states)
         return states
+
+
+def _check_there(spec: Spec, hosts: list[dict[str, Any]]) -> None:
+    if not any(spec.network in facts["networks"] for facts in hosts):
+        known = sorted({name for facts in hosts for name in facts["networks"]})
+        raise BadNetwork(f"network {spec.network}", "no host has it", f"known: {', '.join(known) or 'none'}")
+    if spec.rootfs != "host":
+        allowed = sorted({folder for facts in hosts for folder in facts["rootfs_allow"]})
+        if not any(Path(spec.rootfs).is_relative_to(folder) for folder in allowed):
+            todo = f"allowed: {', '.join(allowed) or 'none'}"
+            raise BadInput(f"--rootfs {spec.rootfs}", "lies in no folder that a host allows", todo)
 
 
 def has_reached(state: str, goal: str) -> bool:

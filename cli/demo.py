@@ -46,9 +46,7 @@ def run_demo(settings: Settings) -> int:
         try:
             answers = _launch_and_fetch(client, ids)
         finally:
-            for row in client.record.get_all(ids):
-                client.record.mark_removed(row["id"])
-                remove(sender, client.record, row)
+            remove(sender, client.record, client.record.get_all(ids))
             client.wait(ids, "gone", END_S)
     findings = audit(settings)
     for one in findings:
@@ -112,7 +110,7 @@ def _host(settings: Settings) -> Iterator[None]:
 
 
 def _wait_for_host(settings: Settings, process: "subprocess.Popen[bytes]") -> None:
-    """Until the worker's first heartbeat; the wait is for the process's end, and a look ten times a second."""
+    """Until the worker's first heartbeat, or its end."""
     for _ in range(int(START_S * 10)):
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(0.1)

@@ -154,7 +154,7 @@ def demo() -> None:
 
 
 @app.command(
-    epilog="Example: sandbatch run --count 3 --ready http:8000/ --cwd /var/www/html -- python3 -m http.server 8000",
+    epilog="Example: sandbatch run --ready http:8000/ --cwd /var/www/html -- python3 -m http.server 8000",
     context_settings={"allow_interspersed_args": False},
 )
 def run(
@@ -284,11 +284,7 @@ def rm(
                 if not force:
                     raise
                 rows = []
-        sender = client.app()
-        for row in rows:
-            client.record.mark_removed(row["id"])
-            if row["state"] not in TERMINAL:
-                remove(sender, client.record, row)
+        remove(client.app(), client.record, rows)
         names = [row["id"] for row in rows]
         states = {} if no_wait else _wait(client, names, "gone", None)
         if names:
@@ -332,9 +328,8 @@ def _wait(client: Client, ids: list[str], goal: str, timeout_s: float | None) ->
 def _tell_failures(client: Client, ids: list[str]) -> typer.Exit:
     for row in client.record.get_all(ids):
         if row["error"]:
-            say(
-                f"sandbatch: {row['id']}: {row['state']} at {row['error']['stage']}: {row['error']['message']}"
-            )
+            error = row["error"]
+            say(f"sandbatch: {row['id']}: {row['state']} at {error['stage']}: {error['message']}")
     return typer.Exit(1)
 
 

@@ -36,19 +36,21 @@ def run_host_worker(settings: Settings) -> None:
         raise BadInput("worker", "root is needed", "run it as root on the host")
     for name in FLAGS:  # flags reach the tasks, and the process after tini, this way
         os.environ[f"SANDBATCH_{name.upper()}"] = str(getattr(settings, name))
-    if os.environ.pop(UNDER_TINI, None) is None:
+    tini_pid = os.environ.pop(UNDER_TINI, None)
+    if tini_pid is None:
         tini = shutil.which("tini")
         if tini is None:
             raise HostNotReady("tini", "not on the PATH", "sandbatch setup, or apt-get install tini")
-        os.environ[UNDER_TINI] = "1"
+        os.environ[UNDER_TINI] = str(os.getpid())  # tini keeps it
         os.execv(tini, [tini, "-s", "--", sys.executable, "-m", "cli", "worker"])  # noqa: S606 - argv list
     if settings.network == "sandbatch":
         ensure_network(settings)
     check_host(settings)
     check(connect(settings), settings)
 
-    from tasks.consumer import run_worker, take_host_lock
+    from tasks.consumer import die_with_parent, run_worker, take_host_lock
 
+    die_with_parent(int(tini_pid))
     take_host_lock(settings)
     run_worker()
 
@@ -70,8 +72,7 @@ def run_up(settings: Settings, *, with_flower: bool) -> int:
         if with_flower:
             processes.append(children.enter_context(_child(flower_argv(5555, "127.0.0.1"))))
         say(f"host {settings.host} is up; Ctrl-C stops it, sandboxes go on")
-        ended = _wait_for_any(processes, signalled)
-    return ended
+        return _wait_for_any(processes, signalled)
 
 
 def flower_argv(port: int, address: str) -> list[str]:
@@ -90,7 +91,8 @@ def flower_argv(port: int, address: str) -> list[str]:
 def _child(argv: list[str]) -> Iterator["subprocess.Popen[bytes]"]:
     # A session of its own: Ctrl-C reaches us alone, and we send one TERM, after which Celery
     # finishes what it does. Two signals would make it drop its work.
-    process = subprocess.Popen(argv, start_new_session=True)
+    # Killed with us: the next `up` starts from the journals, and no half of it is left running.
+    process = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", *argv], start_new_session=True)
     try:
         yield process
     finally:

@@ -41,7 +41,7 @@ def broker_url(current: Settings) -> str:
 
 
 def transport_options(owner: str) -> dict[str, Any]:
-    """Options of kombu's Redis transport; the unacknowledged messages of each owner have keys of their own."""
+    """Options of kombu's Redis transport; each owner's unacknowledged messages have keys of their own."""
     return {
         "global_keyprefix": "sandbatch:mq:",
         "visibility_timeout": VISIBILITY_TIMEOUT_S,

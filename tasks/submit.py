@@ -1,14 +1,17 @@
 """What clients do: enqueue, remove. By task name, so that a laptop needs nothing of a host."""
 
+import contextlib
 import secrets
 from collections.abc import Sequence
+from typing import Any
 
 from celery import Celery
-from kombu.exceptions import OperationalError
+from kombu.exceptions import KombuError
 
 from tasks.app import options
 from tasks.messages import Order
 from tasks.record import Record, public_url
+from tasks.state import TERMINAL, State
 from worker.errors import BrokerError
 from worker.settings import Settings
 from worker.spec import Spec, new_container_id
@@ -29,7 +32,7 @@ def submit(app: Celery, record: Record, settings: Settings, specs: Sequence[Spec
         publish_place(
             app, [(container_id, 1, spec.host) for container_id, spec in zip(ids, specs, strict=True)]
         )
-    except (OperationalError, OSError) as error:
+    except (KombuError, OSError) as error:
         raise BrokerError(
             f"broker {public_url(settings)}", str(error), f"batch {batch} may wait in part"
         ) from None
@@ -38,7 +41,9 @@ def submit(app: Celery, record: Record, settings: Settings, specs: Sequence[Spec
 
 def publish_place(app: Celery, wanted: Sequence[tuple[str, int, str | None]]) -> None:
     """Publish `place` for (id, attempt, host); harmless to repeat."""
-    with app.producer_pool.acquire(block=True) as producer:
+    with app.producer_pool.acquire(block=True) as acquired, contextlib.ExitStack() as batch:
+        producer: Any = acquired  # the types know kombu 5.6, which has no batch()
+        batch.enter_context(producer.batch(BATCH_SIZE))
         for container_id, attempt, host in wanted:
             app.send_task(
                 "sandbatch.place",
@@ -51,13 +56,18 @@ def publish_place(app: Celery, wanted: Sequence[tuple[str, int, str | None]]) ->
             )
 
 
-def remove(app: Celery, record: Record, sandbox: dict[str, object]) -> None:
-    """Ask for the end of a sandbox; its host undoes it. One that nobody has taken is cancelled at once."""
-    container_id, attempt = str(sandbox["id"]), int(str(sandbox["attempt"]))
-    if record.cancel(container_id, attempt):
-        return
-    host = (record.get(container_id) or sandbox)["host"]
-    publish_unwind(app, container_id, attempt, str(host), "exited")
+def remove(app: Celery, record: Record, sandboxes: Sequence[dict[str, Any]]) -> None:
+    """Ask for the end of sandboxes; their hosts undo them. Those that nobody has taken are cancelled at once.
+
+    First the wish, in the record: a host that has just claimed one sees it before it begins.
+    """
+    record.mark_removed([sandbox["id"] for sandbox in sandboxes])
+    for sandbox in sandboxes:
+        if sandbox["state"] in TERMINAL or record.cancel(sandbox["id"], sandbox["attempt"]):
+            continue
+        now = record.get(sandbox["id"]) or sandbox
+        if now["state"] not in TERMINAL:
+            publish_unwind(app, now["id"], now["attempt"], now["host"], State.EXITED)
 
 
 def publish_unwind(app: Celery, container_id: str, attempt: int, host: str, final: str) -> None:

@@ -4,6 +4,7 @@ place ─▶ netns ─▶ network ─▶ bundle ─▶ container ┄ prober ┄�
            └──────── any failure: unwind ─▶ undo.container ─▶ undo.bundle ─▶ undo.network ─▶ undo.netns
 """
 
+import json
 import logging
 import random
 import time
@@ -92,20 +93,30 @@ def place(self: "Task[Any, Any]", message: dict[str, Any]) -> dict[str, str]:
         known = record().spec(order.container_id)
         if known is None or not record().claim(order.container_id, host, order.attempt):
             raise Ignore  # cancelled, another host's, or a twin of this message after it moved on
-    except redis.ConnectionError as error:
+    except (redis.ConnectionError, redis.TimeoutError) as error:
         raise Reject(error, requeue=True) from error
     try:
         spec = Spec.model_validate_json(known[0])
     except ValueError as error:
         reason = {"stage": "place", "message": f"the host refuses the spec: {error}"[:400]}
-        record().put(order.container_id, State.FAILED, order.attempt, {"error": _json(reason)}, host=host)
+        record().put(
+            order.container_id, State.FAILED, order.attempt, {"error": json.dumps(reason)}, host=host
+        )
         raise
-    journals.create(
-        settings().sandboxes_dir, order.container_id, attempt=order.attempt, batch=known[1], spec=spec
-    )
-    with journals.locked(settings().sandboxes_dir, order.container_id, wait_s=BUSY_WAIT_S) as journal:
-        if journal.attempt == order.attempt and not journal.begun:
-            launch_chain(order).apply_async()
+    sandboxes = settings().sandboxes_dir
+    journals.create(sandboxes, order.container_id, attempt=order.attempt, batch=known[1], spec=spec)
+    try:
+        with journals.locked(sandboxes, order.container_id, wait_s=BUSY_WAIT_S) as journal:
+            # An `rm` between claim and journal found nothing to undo here: only this look sees it.
+            if not record().is_wanted(order.container_id):
+                want_end(journal, State.CANCELLED)
+                _finish_if_empty(journal)
+            elif journal.attempt == order.attempt and not journal.begun and not journal.is_unwinding:
+                launch_chain(order).apply_async()
+    except JournalError:
+        raise Ignore from None  # ended and forgotten since
+    if journal.final:
+        _tell_end(journal)
     return {"host": host}
 
 
@@ -296,9 +307,3 @@ def _end_without_journal(order: Order, final: str) -> None:
     if (settings().sandboxes_dir / order.container_id).exists():
         return  # a journal that cannot be read: audit shows it, nothing is claimed about it
     record().put(order.container_id, State(final), order.attempt, {}, host=settings().host)
-
-
-def _json(value: Any) -> str:
-    import json
-
-    return json.dumps(value)

@@ -15,7 +15,9 @@ PROGRAMS = ("runsc", "conmon", "tini", "iptables-save", "nsenter", "setpriv", "i
 def host_parts() -> None:
     """Root and the real parts of a host; `sandbatch setup` installs them."""
     lacking = [name for name in PROGRAMS if shutil.which(name) is None]
-    lacking += [f"CNI plugin {name}" for name in PLUGINS if not any((d / name).is_file() for d in PLUGIN_DIRS)]
+    lacking += [
+        f"CNI plugin {name}" for name in PLUGINS if not any((d / name).is_file() for d in PLUGIN_DIRS)
+    ]
     if os.geteuid() != 0:
         lacking.insert(0, "root")
     if lacking:

@@ -57,7 +57,7 @@ class _Look:
     def compare(
         self, kind: str, stage: str, found: dict[str, str], due: dict[str, str] | None = None
     ) -> None:
-        """`found` and `due`: name of an object -> id of its sandbox; without `due` only extras are looked for."""
+        """`found` and `due`: name of an object -> id of its sandbox; without `due` nothing is missing."""
         for name, container_id in found.items():
             if not self.may_hold(container_id, stage):
                 self._add(kind, name, "extra", container_id, "no journal has it")

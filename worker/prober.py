@@ -32,7 +32,7 @@ def socket_path(settings: Settings) -> Path:
 
 
 def hand_over(settings: Settings, container_id: str) -> None:
-    """Ask the prober of this host's worker to wait for a sandbox. Lost if there is none: reconcile asks again."""
+    """Ask this host's prober to wait for a sandbox; without one it is lost, and reconcile asks again."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out, contextlib.suppress(OSError):
         out.sendto(container_id.encode(), str(socket_path(settings)))
 

@@ -1,7 +1,7 @@
 """What a worker finds when it starts, and every some seconds after: the journals decide what is due."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from worker import conmon, journal
 from worker.errors import Busy, JournalError
@@ -10,19 +10,22 @@ from worker.launch import want_end
 from worker.procs import all_sandbox_processes
 from worker.settings import Settings
 
-LAUNCH_QUIET_S = 180.0  # longer than any stage may take: its message is lost
+LAUNCH_QUIET_S = 120.0  # longer than Celery's hard limit of a stage: its message, or its process, is lost
 QUIET_S = 10.0  # an undo that wrote nothing for so long has lost its messages, or failed
+SETTLED_S = 2.0  # what was written so long ago should have been reported by whoever wrote it
 LONGEST_BACKOFF_S = 600.0
+MAX_ATTEMPTS = 5  # a sandbox whose launch has taken so many workers with it is given up
+TWIN_WAIT_S = 2.0  # a child of the dead worker dies with it: it holds a lock no longer than this
 
 
 @dataclass
 class Due:
-    """What is to be done, as ids: the tasks layer turns it into messages."""
+    """What is to be done, as journals: the tasks layer turns it into messages."""
 
-    relaunch: list[Journal]  # go on with the stages that are not done
-    unwind: list[Journal]  # go on with the undo
-    wait: list[Journal]  # hand over to the prober
-    report: list[Journal]  # tell the record
+    relaunch: list[Journal] = field(default_factory=list)  # go on with the stages that are not done
+    unwind: list[Journal] = field(default_factory=list)  # go on with the undo
+    wait: list[Journal] = field(default_factory=list)  # hand over to the prober
+    report: list[Journal] = field(default_factory=list)  # tell the record
 
 
 def at_start(settings: Settings) -> Due:
@@ -31,17 +34,16 @@ def at_start(settings: Settings) -> Due:
     A launch under way gets a new attempt number, so that the messages of the dead worker act on
     nothing; it goes on from its first stage that is not done.
     """
-    due = Due([], [], [], [])
-    boot = boot_id()
+    due, boot = Due(), boot_id()
     alive = {
         proc.container_id for proc in all_sandbox_processes(settings.runsc_root) if proc.role == "sandbox"
     }
     for found in journal.read_all(settings.sandboxes_dir)[0]:
         try:
-            with journal.locked(settings.sandboxes_dir, found.container_id, wait_s=2.0) as known:
+            with journal.locked(settings.sandboxes_dir, found.container_id, wait_s=TWIN_WAIT_S) as known:
                 _sort(due, known, settings, boot, alive)
         except (Busy, JournalError):
-            continue  # a child of the dead worker ends it just now: the next look sees it
+            continue  # somebody still works on it, or it has just ended: a later look decides
     return due
 
 
@@ -62,8 +64,17 @@ def _sort(due: Due, known: Journal, settings: Settings, boot: str, alive: set[st
     elif known.is_done("container"):
         due.wait.append(known)
     else:
+        _next_attempt(due, known)
+
+
+def _next_attempt(due: Due, known: Journal) -> None:
+    if known.attempt < MAX_ATTEMPTS:
         known.new_attempt(known.attempt + 1)
         due.relaunch.append(known)
+        return
+    words = f"given up: {known.attempt} attempts ended with the loss of the process that made them"
+    want_end(known, "failed", {"stage": _stage(known), "message": words})
+    due.unwind.append(known)
 
 
 def _note_end(known: Journal, code: int | None) -> None:
@@ -72,41 +83,67 @@ def _note_end(known: Journal, code: int | None) -> None:
         error = None if code is not None else {"stage": "container", "message": f"the sandbox {words}"}
         want_end(known, "exited" if code is not None else "failed", error)
     else:
-        want_end(
-            known, "failed", {"stage": "ready", "message": f"the sandbox {words} while the worker was away"}
-        )
+        message = f"the sandbox {words} while the worker was away"
+        want_end(known, "failed", {"stage": "ready", "message": message})
 
 
-def later(settings: Settings) -> Due:
-    """Look again while the worker works: undo that stands still, waiting that nobody does, unsent reports."""
-    due = Due([], [], [], [])
-    for known in journal.read_all(settings.sandboxes_dir)[0]:
-        try:
-            quiet_s = time.time() - (known.folder / FILE).stat().st_mtime
-        except FileNotFoundError:
-            continue  # it has just ended
+class Later:
+    """The looks while the worker works: undo that stands still, waiting that nobody does, unsent reports.
+
+    A journal is read again only if it was written since, so that a host with a thousand quiet
+    sandboxes pays for a thousand `stat`s, not reads.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._written: dict[str, int] = {}  # id -> mtime_ns of its journal at the last look
+        self._settled: dict[str, int] = {}  # id -> the same, of a view with which nothing is due
+
+    def look(self) -> Due:
+        due, folder = Due(), self._settings.sandboxes_dir
+        self._written = {}
+        for path in sorted(folder.glob(f"sb-*/{FILE}")):
+            try:
+                written_ns = path.stat().st_mtime_ns
+                self._written[path.parent.name] = written_ns
+                quiet_s = time.time() - written_ns / 1e9
+                if quiet_s > SETTLED_S and self._settled.get(path.parent.name) != written_ns:
+                    self._sort(due, journal.read(path.parent), quiet_s)
+            except (FileNotFoundError, JournalError):
+                continue  # it has just ended; or cannot be read, which audit shows
+        self._settled = {name: at for name, at in self._settled.items() if name in self._written}
+        return due
+
+    def settle(self, container_id: str) -> None:
+        """The report of the last look has arrived: leave the journal alone until it is written again."""
+        if container_id in self._written:
+            self._settled[container_id] = self._written[container_id]
+
+    def forget_reports(self) -> None:
+        """Report every sandbox again: the broker may have lost what it knew."""
+        self._settled.clear()
+
+    def _sort(self, due: Due, known: Journal, quiet_s: float) -> None:
         failures = sum(run.verb == "undo" and run.state == "failed" for run in known.runs)
         if known.final:
             due.report.append(known)
-        elif known.is_unwinding and quiet_s > min(QUIET_S * 2 ** min(failures, 8), LONGEST_BACKOFF_S):
-            due.unwind.append(known)
-        elif "ready" in known.begun and not known.is_done("ready") and not known.is_unwinding:
-            due.wait.append(known)
-        elif not known.is_done("container") and not known.is_unwinding and quiet_s > LAUNCH_QUIET_S:
-            _fence(due, settings, known.container_id)
-        elif quiet_s < 60 and known.is_done("ready"):
+        elif known.is_unwinding:
+            if quiet_s > min(QUIET_S * 2 ** min(failures, 8), LONGEST_BACKOFF_S):
+                due.unwind.append(known)
+        elif known.is_done("ready"):
             due.report.append(known)
-    return due
+        elif known.is_done("container"):
+            due.wait.append(known)
+        elif quiet_s > LAUNCH_QUIET_S:
+            self._fence(due, known.container_id)
 
-
-def _fence(due: Due, settings: Settings, container_id: str) -> None:
-    try:
-        with journal.locked(settings.sandboxes_dir, container_id) as known:
-            if not known.is_unwinding and not known.is_done("container"):
-                known.new_attempt(known.attempt + 1)
-                due.relaunch.append(known)
-    except (Busy, JournalError):
-        return  # somebody works on it after all
+    def _fence(self, due: Due, container_id: str) -> None:
+        try:
+            with journal.locked(self._settings.sandboxes_dir, container_id) as known:
+                if not known.is_unwinding and not known.is_done("container"):
+                    _next_attempt(due, known)
+        except (Busy, JournalError):
+            return  # somebody works on it after all
 
 
 def _stage(known: Journal) -> str:

@@ -1,0 +1,141 @@
+"""What a worker's main process does beside its tasks: heartbeat, prober, reconcile. A Celery bootstep."""
+
+import json
+import logging
+import platform
+import threading
+from typing import Any
+
+import redis
+from celery import bootsteps
+from kombu.exceptions import OperationalError
+
+from tasks import workflow
+from tasks.app import settings
+from tasks.messages import Order
+from tasks.record import HEARTBEAT_S, Record, connect
+from tasks.state import TERMINAL, State
+from tasks.submit import publish_place
+from worker import journal as journals
+from worker import reconcile
+from worker.cni_config import list_networks
+from worker.journal import boot_id
+from worker.launch import begin_waiting
+from worker.prober import Prober
+from worker.settings import Settings
+
+log = logging.getLogger("sandbatch")
+VERSION = "0.1.0"
+
+
+class HostStep(bootsteps.StartStopStep):
+    """Everything that the main process of a worker does for its host, in a thread and a prober's loop."""
+
+    requires = ("celery.worker.components:Pool",)
+    due_at_start: reconcile.Due | None = None  # found before the worker took any message
+
+    def __init__(self, parent: Any, **kwargs: Any) -> None:
+        super().__init__(parent, **kwargs)
+        self._stop = threading.Event()
+
+    def start(self, parent: Any) -> None:
+        self._settings = settings()
+        self._record = Record(connect(self._settings, patient=True))
+        self._later = reconcile.Later(self._settings)
+        self._prober = Prober(self._settings, publish_ready)
+        self._prober.start()
+        self._thread = threading.Thread(target=self._live, name="host", daemon=True)
+        self._thread.start()
+
+    def stop(self, parent: Any) -> None:
+        self._stop.set()
+        self._thread.join(timeout=5)
+        self._prober.stop()
+        try:
+            self._record.leave(self._settings.host)
+        except redis.RedisError as error:
+            log.warning("host %s cannot say that it leaves: %s", self._settings.host, error)
+
+    def _live(self) -> None:
+        """Heartbeat every 5 s; what is left over, at once and every `reconcile_s`."""
+        due_s = 0.0
+        while not self._stop.is_set():
+            try:
+                self._record.heartbeat(self._settings.host, host_facts(self._settings))
+                if due_s <= 0:
+                    self._reconcile()
+                    due_s = self._settings.reconcile_s
+            except (redis.RedisError, OperationalError) as error:
+                log.warning("host %s has no broker: %s", self._settings.host, error)
+            except Exception:  # a defect must not end the looks that keep the promise
+                log.exception("host %s: a look at its journals failed", self._settings.host)
+            pause_s = min(HEARTBEAT_S, self._settings.reconcile_s)
+            due_s -= pause_s
+            self._stop.wait(pause_s)
+
+    def _reconcile(self) -> None:
+        if self.due_at_start is not None:
+            self._carry_out(self.due_at_start)
+            self._place_again()
+            type(self).due_at_start = None  # only now: without a broker it is still due
+        else:
+            self._carry_out(self._later.look())
+
+    def _carry_out(self, due: reconcile.Due) -> None:
+        for known in due.relaunch:
+            first = next(name for name in workflow.LAUNCH_STAGES if not known.is_done(name))
+            workflow.launch_chain(_order(known), first).apply_async()
+        for known in due.unwind:
+            workflow.step("unwind", _order(known), final=str(known.facts["wanted"])).apply_async()
+        for known in due.wait:
+            if "ready" not in known.begun:
+                with journals.locked(self._settings.sandboxes_dir, known.container_id, wait_s=1) as mine:
+                    begin_waiting(mine)
+            self._prober.wait_for(known.container_id)
+        for known in [*due.report, *due.relaunch, *due.wait]:
+            if workflow.report(known):
+                self._later.settle(known.container_id)
+                if known.final:
+                    workflow.forget(known)
+
+    def _place_again(self) -> None:
+        """Sandboxes that the record has on this host and that no journal knows."""
+        host = self._settings.host
+        known = {journal.container_id for journal in journals.read_all(self._settings.sandboxes_dir)[0]}
+        for container_id in sorted(self._record.placed_on(host) - known):
+            sandbox = self._record.get(container_id)
+            if sandbox is None or sandbox["state"] in TERMINAL:
+                continue
+            if sandbox["state"] == State.PLACED:
+                publish_place(workflow.app, [(container_id, sandbox["attempt"], host)])
+            else:
+                error = json.dumps({"stage": "place", "message": "the host has lost its journal"})
+                self._record.put(container_id, State.FAILED, sandbox["attempt"], {"error": error}, host=host)
+
+
+def publish_ready(container_id: str, attempt: int, outcome: str, detail: str) -> None:
+    """Tell the outcome of a probe by a task on this host's queue, with the errback of a launch."""
+    order = Order(container_id=container_id, attempt=attempt)
+    signature = workflow.step("ready", order, outcome=outcome, detail=detail)
+    signature.on_error(workflow.step("unwind", order, final="failed")).apply_async()
+
+
+def host_facts(current: Settings) -> dict[str, Any]:
+    """What clients may know of this host: room, versions, networks, allowed folders."""
+    networks, broken = list_networks((current.own_cni_conf_dir, current.cni_conf_dir))
+    journal_count = sum(1 for _ in current.sandboxes_dir.iterdir()) if current.sandboxes_dir.is_dir() else 0
+    return {
+        "version": VERSION,
+        "capacity": current.capacity,
+        "sandboxes": journal_count,
+        "slots": current.slots,
+        "networks": sorted(networks),
+        "broken_networks": [str(error) for error in broken],
+        "rootfs_allow": [str(path) for path in current.rootfs_allow],
+        "kernel": platform.release(),
+        "boot_id": boot_id(),  # so that a client knows whether a host is its own machine
+    }
+
+
+def _order(known: journals.Journal) -> Order:
+    return Order(container_id=known.container_id, attempt=known.attempt)
