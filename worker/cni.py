@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -15,21 +16,28 @@ from pathlib import Path
 from typing import Any
 
 from worker import cni_cache, process
-from worker.cni_config import Network, network_from_bytes
+from worker.cni_config import VERSIONS, Network, network_from_bytes
+from worker.cni_json import loads
 from worker.cni_result import converted, result_ips, typed
-from worker.errors import BadNetwork, CniPluginError, SandbatchError
-from worker.netns import put_world_back
+from worker.errors import BadInput, BadNetwork, CniPluginError, SandbatchError
+from worker.netns import world_put_back
 from worker.settings import Settings
 
 __all__ = ["Attachment", "CniRuntime", "result_ips"]
 
 BUSY_TRIES, BUSY_PAUSE_S = 6, 1.0  # as libcni: a plugin that is being upgraded (text file busy)
 NO_ERROR_CODE = 0  # the plugin ended with an error that is not in CNI's form
+CONTAINER_ID = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.\-]*")  # any runtime's, not only ours
+IF_NAME = re.compile(r"(?!\.\.?$)[^/:\s]+")
+IF_NAME_BYTES = 15  # Linux: IFNAMSIZ, without the closing zero
 
 
 @dataclass(frozen=True)
 class Attachment:
-    """One link of one sandbox on a network. `capability_args` by capability, as libcni's."""
+    """One link of one sandbox on a network. `capability_args` by capability, as libcni's.
+
+    `netns_path` is `Path()` where the netns is not known any more: DEL may do without.
+    """
 
     container_id: str
     netns_path: Path
@@ -37,8 +45,14 @@ class Attachment:
     cni_args: tuple[tuple[str, str], ...] = ()
     capability_args: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def netns(self) -> str:
+        """CNI_NETNS."""
+        return "" if self.netns_path == Path() else str(self.netns_path)
 
-_NOBODY = Attachment("", Path(""), if_name="")  # GC and STATUS concern no attachment
+
+_NOBODY = Attachment("", Path(), if_name="")  # GC and STATUS concern no attachment
+_OLD_PLUGIN = Attachment("", Path("dummy"), if_name="dummy")  # which wants a netns even for VERSION
 
 
 @dataclass(frozen=True)
@@ -59,32 +73,24 @@ class CniRuntime:
         """Attach; returns the final result, which is then in the cache. After an error DEL is still due.
 
         Raises:
+            BadInput: The container id or the interface's name is none.
             CniPluginError: A plugin reported an error; those after it did not run.
             ProcessTimeout: A plugin hung and was killed.
         """
+        _check_names(attachment)
         result: dict[str, Any] | None = None
         with self._locked(fcntl.LOCK_SH):
             for plugin in network.plugins:
                 stdin = _stdin(network, plugin, attachment, result)
                 answer = self._run("ADD", plugin["type"], attachment, stdin)
-                try:
-                    result = typed(_json_object(answer), network.cni_version)
-                except ValueError as error:
-                    words = process.last_words(answer, 80)
-                    raise CniPluginError(
-                        "ADD",
-                        plugin["type"],
-                        attachment.container_id,
-                        NO_ERROR_CODE,
-                        f"{error}; it printed {words!r}",
-                    ) from None
+                result = _result("ADD", plugin["type"], attachment, answer, network.cni_version)
             assert result is not None  # noqa: S101 - a network has at least one plugin
             cni_cache.save(
                 self.cache_dir,
                 network=network.name,
                 container_id=attachment.container_id,
                 if_name=attachment.if_name,
-                netns=str(attachment.netns_path),
+                netns=attachment.netns,
                 config=network.raw,
                 cni_args=attachment.cni_args,
                 capability_args=attachment.capability_args,
@@ -95,7 +101,7 @@ class CniRuntime:
     def cni_del(self, network: Network, attachment: Attachment) -> None:
         """Detach. Safe to repeat, and after a failed or half-done ADD.
 
-        Where ADD's result is cached, the netns is first made as ADD left it (`put_world_back`).
+        Where ADD's result is cached, the plugins find the netns as ADD left it (`world_put_back`).
 
         Raises:
             CniPluginError: A plugin reported an error; those before it in the list did not run.
@@ -108,7 +114,8 @@ class CniRuntime:
 
         Raises:
             CniPluginError: Something is not as it was.
-            BadNetwork: The list's version has no CHECK, or nothing is attached.
+            BadNetwork: The list's version has no CHECK.
+            SandbatchError: The cache entry holds no result.
         """
         if not network.is_at_least("0.4.0"):
             raise BadNetwork(
@@ -117,39 +124,30 @@ class CniRuntime:
         if network.disable_check:
             return
         with self._locked(fcntl.LOCK_SH):
-            result = self._cached_result(network, attachment)
-            if result is None:
-                raise BadNetwork(
-                    f"network {network.name}", f"{attachment.container_id} is not attached", "ADD it first"
-                )
+            result = self._cached_result(network, attachment)  # none: the plugins say so better than we
             for plugin in network.plugins:
                 self._run("CHECK", plugin["type"], attachment, _stdin(network, plugin, attachment, result))
 
-    def cni_gc(self, network: Network, valid: Iterable[Attachment]) -> list[SandbatchError]:
+    def cni_gc(self, network: Network, valid: Iterable[Attachment] | None) -> list[SandbatchError]:
         """Free what attachments hold that are not among `valid`, which must be all of that network on
         this host; goes on after errors and returns them.
+
+        None means that none is valid, in libcni's older words: the plugins are not given the list.
         """
         if network.disable_gc:
             return []
-        keep = [(one.container_id, one.if_name) for one in valid]
+        keep = [(one.container_id, one.if_name) for one in valid or ()]
         errors: list[SandbatchError] = []
         with self._locked(fcntl.LOCK_EX):
             for entry in cni_cache.list_entries(self.cache_dir):
                 if entry.network == network.name and (entry.container_id, entry.if_name) not in keep:
-                    stale = Attachment(
-                        entry.container_id,
-                        Path(entry.netns),
-                        entry.if_name,
-                        entry.cni_args,
-                        entry.capability_args,
-                    )
                     with _collected(errors):
-                        self._del(network, stale)
+                        self._del(network, _attachment_of(entry))
             if network.is_at_least("1.1.0"):
                 listed = [{"containerID": one, "ifname": if_name} for one, if_name in keep]
+                both = {"cni.dev/valid-attachments": listed, "cni.dev/attachments": listed}
                 for plugin in network.plugins:
-                    stdin = _stdin(network, plugin, _NOBODY, None)
-                    stdin |= {"cni.dev/valid-attachments": listed, "cni.dev/attachments": listed}
+                    stdin = _stdin(network, plugin, _NOBODY, None) | (both if valid is not None else {})
                     with _collected(errors):
                         self._run("GC", plugin["type"], _NOBODY, stdin)
         return errors
@@ -165,9 +163,25 @@ class CniRuntime:
                 self._run("STATUS", plugin["type"], _NOBODY, _stdin(network, plugin, _NOBODY, None))
 
     def cni_version(self, plugin: str) -> list[str]:
-        """The CNI versions that a plugin supports."""
-        answer = self._run("VERSION", plugin, _NOBODY, {"cniVersion": "1.1.0"})
-        return [str(version) for version in _json_object(answer).get("supportedVersions", [])]
+        """The CNI versions that a plugin supports.
+
+        Raises:
+            CniPluginError: It answers with an error, or with no list of versions.
+        """
+        try:
+            answer = self._run("VERSION", plugin, _OLD_PLUGIN, {"cniVersion": VERSIONS[-1]}, path="dummy")
+        except CniPluginError as error:
+            if error.msg == "unknown CNI_COMMAND: VERSION":
+                return ["0.1.0"]  # it is as old as that
+            raise
+        found = _object_of(answer)
+        versions = found.get("supportedVersions")
+        if isinstance(versions, list) and versions and found.get("cniVersion"):
+            return [str(version) for version in versions]
+        if found.get("cniVersion") == "0.2.0":
+            return ["0.1.0", "0.2.0"]
+        words = f"no list of versions; it printed {process.last_words(answer, 80)!r}"
+        raise CniPluginError("VERSION", plugin, "", NO_ERROR_CODE, words)
 
     def missing_plugins(self, network: Network) -> list[str]:
         """Plugins that a network names and no plugin folder has, IPAM ones included."""
@@ -197,33 +211,52 @@ class CniRuntime:
         return network_from_bytes(entry.config, where=f"CNI cache entry {entry.path}")
 
     def _del(self, network: Network, attachment: Attachment) -> None:
-        entry = self._entry(network.name, attachment)
-        if entry is not None and entry.result:
-            put_world_back(attachment.netns_path, attachment.if_name, entry.result)
-        result = self._cached_result(network, attachment) if network.is_at_least("0.4.0") else None
-        for plugin in reversed(network.plugins):
-            self._run("DEL", plugin["type"], attachment, _stdin(network, plugin, attachment, result))
+        result = self._result_for_del(network, attachment)
+        # Below 0.4.0 the plugins get no prevResult; the netns is made as it was all the same.
+        prev_result = result if network.is_at_least("0.4.0") else None
+        with contextlib.ExitStack() as stack:
+            if result is not None:
+                world = world_put_back(
+                    attachment.netns_path, attachment.if_name, converted(result, VERSIONS[-1])
+                )
+                stack.enter_context(world)
+            for plugin in reversed(network.plugins):
+                self._run("DEL", plugin["type"], attachment, _stdin(network, plugin, attachment, prev_result))
+        self._forget(network, attachment)
+
+    def _result_for_del(self, network: Network, attachment: Attachment) -> dict[str, Any] | None:
+        try:
+            return self._cached_result(network, attachment)
+        except SandbatchError:  # an entry without a result helps nobody; DEL must go on
+            self._forget(network, attachment)
+            return None
+
+    def _forget(self, network: Network, attachment: Attachment) -> None:
         cni_cache.forget(self.cache_dir, network.name, attachment.container_id, attachment.if_name)
 
     def _entry(self, network_name: str, attachment: Attachment) -> cni_cache.CacheEntry | None:
         return cni_cache.load(self.cache_dir, network_name, attachment.container_id, attachment.if_name)
 
     def _cached_result(self, network: Network, attachment: Attachment) -> dict[str, Any] | None:
-        entry = self._entry(network.name, attachment)
-        return converted(entry.result, network.cni_version) if entry is not None and entry.result else None
+        return cni_cache.load_result(
+            self.cache_dir, network.name, attachment.container_id, attachment.if_name, network.cni_version
+        )
 
-    def _run(self, command: str, plugin: str, attachment: Attachment, stdin: dict[str, Any]) -> str:
+    def _run(
+        self,
+        command: str,
+        plugin: str,
+        attachment: Attachment,
+        stdin: dict[str, Any],
+        path: str | None = None,
+    ) -> str:
+        """Run a plugin to its end and return what it printed."""
         binary = self._find(plugin)
         if binary is None:
             places = ":".join(map(str, self.plugin_path))
-            raise CniPluginError(
-                command,
-                plugin,
-                attachment.container_id,
-                NO_ERROR_CODE,
-                f"not found in {places}; run sandbatch setup",
-            )
-        env = self._environment(command, attachment)
+            words = f"not found in {places}; run sandbatch setup"
+            raise CniPluginError(command, plugin, attachment.container_id, NO_ERROR_CODE, words)
+        env = self._environment(command, attachment, path)
         for tries_left in reversed(range(BUSY_TRIES)):
             done = process.run([binary], timeout_s=self.timeout_s, stdin=json.dumps(stdin), env=env)
             if not (tries_left and done.returncode in (126, 127) and "Text file busy" in done.stderr):
@@ -234,21 +267,21 @@ class CniRuntime:
             raise CniPluginError(command, plugin, attachment.container_id, code, msg)
         return done.stdout
 
-    def _environment(self, command: str, attachment: Attachment) -> dict[str, str]:
+    def _environment(self, command: str, attachment: Attachment, path: str | None) -> dict[str, str]:
         """Ours, since plugins need PATH, without what may hold our secrets, and CNI's variables."""
         ours = {name: value for name, value in os.environ.items() if not name.startswith("SANDBATCH_")}
         return ours | {
             "CNI_COMMAND": command,
             "CNI_CONTAINERID": attachment.container_id,
-            "CNI_NETNS": str(attachment.netns_path) if attachment.container_id else "",
+            "CNI_NETNS": attachment.netns,
             "CNI_IFNAME": attachment.if_name,
             "CNI_ARGS": ";".join(f"{name}={value}" for name, value in attachment.cni_args),
-            "CNI_PATH": ":".join(map(str, self.plugin_path)),
+            "CNI_PATH": ":".join(map(str, self.plugin_path)) if path is None else path,
         }
 
     def _find(self, plugin: str) -> Path | None:
         candidates = (folder / plugin for folder in self.plugin_path)
-        return next((one for one in candidates if one.is_file()), None)
+        return next((one for one in candidates if os.path.isfile(one)), None)
 
     @contextlib.contextmanager
     def _locked(self, how: int) -> Iterator[None]:
@@ -260,6 +293,17 @@ class CniRuntime:
             yield
         finally:
             os.close(handle)
+
+
+def _check_names(attachment: Attachment) -> None:
+    """As libcni does before an ADD (pkg/utils)."""
+    container_id, if_name = attachment.container_id, attachment.if_name
+    if not CONTAINER_ID.fullmatch(container_id):
+        todo = "letters, digits, '_', '.', '-', a letter or digit first"
+        raise BadInput(f"container id {container_id!r}", "is no CNI container id", todo)
+    if not IF_NAME.fullmatch(if_name) or len(os.fsencode(if_name)) > IF_NAME_BYTES:
+        todo = f"1 to {IF_NAME_BYTES} characters without '/', ':' and spaces"
+        raise BadInput(f"interface {if_name!r}", "is no name of an interface", todo)
 
 
 def _stdin(
@@ -276,21 +320,42 @@ def _stdin(
     return made
 
 
-def _plugin_error(done: process.Completed) -> tuple[int, str]:
+def _result(command: str, plugin: str, attachment: Attachment, answer: str, version: str) -> dict[str, Any]:
     try:
-        found = _json_object(done.stdout)
-        words = ": ".join(str(found[key]) for key in ("msg", "details") if found.get(key))
-        return int(found["code"]), words[: process.WORDS] or "no message"
-    except (ValueError, KeyError, TypeError):
-        words = process.last_words(done.stderr) or process.last_words(done.stdout) or "it said nothing"
-        return NO_ERROR_CODE, f"exit status {done.returncode}: {words}"
+        found = loads(answer)
+        if found is not None and not isinstance(found, dict):
+            raise ValueError("no JSON object")
+        return typed(found, version)
+    except (ValueError, RecursionError) as error:
+        words = f"{error}; it printed {process.last_words(answer, 80)!r}"
+        raise CniPluginError(command, plugin, attachment.container_id, NO_ERROR_CODE, words) from None
 
 
-def _json_object(text: str) -> dict[str, Any]:
-    found = json.loads(text)
-    if not isinstance(found, dict):
-        raise ValueError("no JSON object")
-    return found
+def _plugin_error(done: process.Completed) -> tuple[int, str]:
+    found = _object_of(done.stdout)
+    code = found.get("code", NO_ERROR_CODE)
+    words = "; ".join(
+        found[key] for key in ("msg", "details") if isinstance(found.get(key), str) and found[key]
+    )
+    if words and isinstance(code, int):
+        return code, words[: process.WORDS]
+    words = process.last_words(done.stderr) or process.last_words(done.stdout) or "it said nothing"
+    return NO_ERROR_CODE, f"exit status {done.returncode}: {words}"
+
+
+def _object_of(text: str) -> dict[str, Any]:
+    """A plugin's answer; an empty object for one that is no JSON object."""
+    try:
+        found = loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _attachment_of(entry: cni_cache.CacheEntry) -> Attachment:
+    return Attachment(
+        entry.container_id, Path(entry.netns), entry.if_name, entry.cni_args, entry.capability_args
+    )
 
 
 @contextlib.contextmanager

@@ -1,9 +1,10 @@
-"""Named network namespaces, as `ip netns` has them: a file below /var/run/netns with the netns mounted on it."""
+"""Named network namespaces, as `ip netns` has them: a file below /var/run/netns, the netns mounted on it."""
 
-import errno
+import contextlib
+import ctypes
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from ipaddress import ip_interface
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from pyroute2.netlink.exceptions import NetlinkError
 from worker.errors import SandbatchError
 
 NETNS_DIR = Path("/var/run/netns")
-NSFS_MAGIC_TYPE = "nsfs"
+OWN_NETNS = Path("/proc/self/ns/net")
 IFA_F_NODAD = 0x02  # without it an IPv6 address is tentative for up to 3 s (DESIGN, point 9)
-PEER_PREFIX = "sbpeer"  # other end of a link that stands in for one that is gone; both go with the netns
+CLONE_NEWNET = 0x40000000
+PEER_NAME = "sbpeer%d"  # other end of a link that stands in for one that is gone; the kernel puts a number
 
 
 def netns_path(container_id: str) -> Path:
@@ -25,16 +27,20 @@ def netns_path(container_id: str) -> Path:
 
 def create_netns(container_id: str) -> None:
     """Create the named netns with its loopback up. Safe to repeat, and after a half-done call."""
-    if not netns_exists(container_id):
-        # A killed worker may have left the mount point without its mount.
-        netns_path(container_id).unlink(missing_ok=True)
-        try:
-            netns.create(container_id)
-        except OSError as error:
-            raise SandbatchError(
-                f"netns {container_id}", str(error.strerror), "see dmesg, and that root runs this"
-            ) from error
-    _inside(netns_path(container_id), lambda ipr: ipr.link("set", index=1, state="up"))
+    if netns_exists(container_id):
+        _inside(netns_path(container_id), _set_loopback_up)
+        return
+    # A killed worker may have left the mount point without its mount.
+    netns_path(container_id).unlink(missing_ok=True)
+
+    def create() -> None:
+        if _libc().unshare(CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        netns.attach(container_id, "thread-self")
+        with IPRoute() as ipr:
+            _set_loopback_up(ipr)
+
+    _in_thread(container_id, create, "see dmesg, and that root runs this")
 
 
 def delete_netns(container_id: str) -> None:
@@ -53,7 +59,7 @@ def delete_netns(container_id: str) -> None:
 
 def netns_exists(container_id: str) -> bool:
     """Whether the name really holds a netns: the file alone is a half-made one."""
-    return str(netns_path(container_id).resolve()) in _nsfs_mounts()
+    return _is_netns(netns_path(container_id))
 
 
 def list_netns() -> list[str]:
@@ -64,33 +70,85 @@ def list_netns() -> list[str]:
         return []
 
 
-def put_world_back(path: Path, if_name: str, result: dict[str, Any]) -> None:
+@contextlib.contextmanager
+def world_put_back(path: Path, if_name: str, result: dict[str, Any]) -> Iterator[None]:
+    """`put_world_back` for the time of a DEL: what was made for it and is left after it goes again.
+
+    A path that is no netns and not below /var/run/netns cannot be mended, and in our own netns
+    nothing is mended: the link of that name there is the host's.
+    """
+    had_netns = _is_netns(path)
+    if (not had_netns and not _is_named(path)) or _is_own(path):
+        yield
+        return
+    had_link = put_world_back(path, if_name, result)
+    try:
+        yield
+    finally:
+        if not had_netns:
+            delete_netns(path.name)
+        elif not had_link and _is_netns(path):
+            _inside(path, lambda ipr: _remove_link(ipr, if_name))
+
+
+def put_world_back(path: Path, if_name: str, result: dict[str, Any]) -> bool:
     """Make a netns as ADD left it, so that the plugins' DEL finds what it has to undo.
 
     gVisor's netstack takes the addresses off the link, a reboot takes the netns, and the bridge
     plugin finds its masquerade rules by the addresses in the netns alone, ignoring `prevResult`
     (measured; CNI.md, "DEL when things are already gone"). What is missing is made again: the
-    netns, the link (a veth pair inside it), the addresses of `result`.
+    netns, the link (a veth pair inside it), the addresses of `result` (of CNI 0.3 or later).
+
+    Returns:
+        Whether the link was there.
     """
-    if path.parent == NETNS_DIR and not netns_exists(path.name):
+    if _is_named(path) and not _is_netns(path):
         create_netns(path.name)
-    _inside(path, lambda ipr: _put_link_back(ipr, if_name, addresses_of(result, if_name)))
+    found: list[int] = []
+    addresses = addresses_of(result, if_name)
+    _inside(path, lambda ipr: found.extend(_put_link_back(ipr, if_name, addresses)))
+    return bool(found)
 
 
-def _put_link_back(ipr: IPRoute, if_name: str, addresses: list[str]) -> None:
-    found = ipr.link_lookup(ifname=if_name)
-    if not found:
-        ipr.link("add", ifname=if_name, kind="veth", peer={"ifname": f"{PEER_PREFIX}0"})
-        found = ipr.link_lookup(ifname=if_name)
+def _is_named(path: Path) -> bool:
+    """Whether the path is that of a named netns; /run/netns is the same folder."""
+    return path.is_absolute() and path.parent.resolve() == NETNS_DIR.resolve()
+
+
+def _is_netns(path: Path) -> bool:
+    """By its file system, nsfs, which has one device number for the whole machine."""
+    try:
+        return path.stat().st_dev == OWN_NETNS.stat().st_dev
+    except OSError:
+        return False
+
+
+def _is_own(path: Path) -> bool:
+    return path.exists() and path.samefile(OWN_NETNS)
+
+
+def _put_link_back(ipr: IPRoute, if_name: str, addresses: list[str]) -> list[int]:
+    there = list(ipr.link_lookup(ifname=if_name))
+    if not there:
+        ipr.link("add", ifname=if_name, kind="veth", peer={"ifname": PEER_NAME})
+    index = (there or list(ipr.link_lookup(ifname=if_name)))[0]
     for address in addresses:
         interface = ip_interface(address)
         flags = {"flags": IFA_F_NODAD} if interface.version == 6 else {}
         prefixlen = interface.network.prefixlen
-        try:
-            ipr.addr("add", index=found[0], address=str(interface.ip), prefixlen=prefixlen, **flags)
-        except NetlinkError as error:
-            if error.code != errno.EEXIST:
-                raise
+        # EEXIST: it is still there. What else the kernel refuses (no IPv6 here) ADD cannot have set either.
+        with contextlib.suppress(NetlinkError):
+            ipr.addr("add", index=index, address=str(interface.ip), prefixlen=prefixlen, **flags)
+    return there
+
+
+def _remove_link(ipr: IPRoute, if_name: str) -> None:
+    for index in ipr.link_lookup(ifname=if_name):
+        ipr.link("del", index=index)
+
+
+def _set_loopback_up(ipr: IPRoute) -> None:
+    ipr.link("set", index=1, state="up")
 
 
 def addresses_of(result: dict[str, Any], if_name: str) -> list[str]:
@@ -108,31 +166,42 @@ def addresses_of(result: dict[str, Any], if_name: str) -> list[str]:
 
 
 def _inside(path: Path, act: Callable[[IPRoute], None]) -> None:
-    """Run `act` with a netlink socket of another netns.
+    """Run `act` with a netlink socket of another netns."""
 
-    A thread of its own enters it, and ends there. pyroute2's way, a child process for each socket,
-    costs 4 ms, leaves a ResourceWarning, and fails in the children of a Celery pool; and it opens
-    its sockets late, so the whole act belongs in the thread.
+    def enter_and_act() -> None:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # given a path, pyroute2 makes what is missing
+        try:
+            netns.setns(handle)
+        finally:
+            os.close(handle)
+        with IPRoute() as ipr:
+            act(ipr)
+
+    _in_thread(path.name, enter_and_act, "see ip netns list")
+
+
+def _in_thread(name: str, act: Callable[[], None], todo: str) -> None:
+    """Run what changes its netns in a thread of its own, which ends there.
+
+    pyroute2's way, a child process for each socket and each new netns, costs 4 ms, leaves a
+    ResourceWarning, and fails in the children of a Celery pool; and it opens its sockets late, so
+    the whole act belongs in the thread.
     """
     errors: list[Exception] = []
 
-    def enter_and_act() -> None:
+    def keep_error() -> None:
         try:
-            netns.setns(str(path))
-            with IPRoute() as ipr:
-                act(ipr)
+            act()
         except Exception as error:  # noqa: BLE001 - it is raised again, in the caller's thread
             errors.append(error)
 
-    thread = threading.Thread(target=enter_and_act, name=f"netns {path.name}")
+    thread = threading.Thread(target=keep_error, name=f"netns {name}")
     thread.start()
     thread.join()
     if errors:
         words = getattr(errors[0], "strerror", None) or errors[0]
-        raise SandbatchError(f"netns {path.name}", str(words), "see ip netns list") from errors[0]
+        raise SandbatchError(f"netns {name}", str(words), todo) from errors[0]
 
 
-def _nsfs_mounts() -> set[str]:
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    fields = (line.split(" ") for line in lines if f" - {NSFS_MAGIC_TYPE} " in line)
-    return {one[4].encode().decode("unicode_escape") for one in fields}
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)

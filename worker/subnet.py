@@ -1,4 +1,4 @@
-"""Our own network, `sandbatch`: of the shape of gVisor's CNI tutorial, on a subnet that is free on this host."""
+"""Our own network, `sandbatch`: the shape of gVisor's CNI tutorial, on a subnet that is free on this host."""
 
 import json
 import os
@@ -15,6 +15,7 @@ from worker.settings import Settings
 NAME = "sandbatch"
 FILE = "10-sandbatch.conflist"
 LIBCNI_DIR = Path("/var/lib/cni")
+SHORTEST_PREFIX = 8  # a wider route is a default one: a VPN has 0.0.0.0/1 and 128.0.0.0/1
 
 
 def ensure_network(settings: Settings) -> Path:
@@ -58,7 +59,9 @@ def _routes(ipr: IPRoute) -> list[IPv4Network]:
     routes = ipr.get_routes(family=2)
     found = [(route.get_attr("RTA_DST"), route["dst_len"]) for route in routes]
     return [
-        IPv4Network(f"{address}/{length}", strict=False) for address, length in found if address and length
+        IPv4Network(f"{address}/{length}", strict=False)
+        for address, length in found
+        if address and length >= SHORTEST_PREFIX
     ]
 
 
@@ -67,8 +70,10 @@ def _configured(settings: Settings) -> list[IPv4Network]:
     found = []
     for network in list_networks([settings.cni_conf_dir])[0].values():
         for text in _subnets([dict(plugin) for plugin in network.plugins]):
-            if ":" not in text:
+            try:
                 found.append(IPv4Network(text, strict=False))
+            except ValueError:
+                pass  # IPv6, or a mistake that their own plugin will speak of
     return found
 
 
