@@ -238,6 +238,17 @@ def show(container_id: Annotated[str, typer.Argument(metavar="ID")], as_json: Js
                 out.print(render.timeline(row["stages"]))
 
 
+@app.command(epilog="Example: sandbatch hosts --json")
+def hosts(as_json: Json = False) -> None:
+    """List the hosts that live: their room, their heartbeat."""
+    with errors_for_humans():
+        rows = list(Client(load_settings()).record.live_hosts().values())
+        if as_json:
+            print_json(rows)
+        else:
+            out.print(render.hosts(rows))
+
+
 @app.command(epilog="Example: sandbatch wait --batch b-0123456789ab --for running --timeout 60")
 def wait(
     ids: Ids = None,

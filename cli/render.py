@@ -32,6 +32,16 @@ def sandboxes(rows: list[dict[str, Any]]) -> Table:
     return made
 
 
+def hosts(rows: list[dict[str, Any]]) -> Table:
+    made = table("HOST", "SANDBOXES", "CAPACITY", "SLOTS", "HEARTBEAT", "VERSION", "NETWORKS")
+    for row in rows:
+        numbers = (str(row[name]) for name in ("sandboxes", "capacity", "slots"))
+        made.add_row(
+            row["name"], *numbers, age(row["heartbeat_at"]), row["version"], ", ".join(row["networks"])
+        )
+    return made
+
+
 def timeline(stages: list[dict[str, Any]]) -> Table:
     made = table("STAGE", "DO|UNDO", "STATE", "STARTED", "SECONDS", "ERROR")
     for run in stages:

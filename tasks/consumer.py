@@ -10,13 +10,20 @@ import warnings
 from typing import Any
 
 from celery.exceptions import SecurityWarning
-from celery.signals import worker_process_init
+from celery.signals import (
+    after_task_publish,
+    before_task_publish,
+    task_postrun,
+    task_prerun,
+    worker_process_init,
+)
 
 from tasks import workflow
 from tasks.app import settings
 from tasks.host_step import HostStep
-from worker import reconcile
+from worker import faults, reconcile
 from worker.errors import HostNotReady
+from worker.rootfs import host_rootfs
 from worker.settings import Settings
 
 log = logging.getLogger("sandbatch")
@@ -56,6 +63,7 @@ def run_worker(*, log_level: str = "INFO") -> None:
     global _worker_pid
     _worker_pid = os.getpid()
     current = settings()
+    faults.arm(current.faults, current.run_dir)
     HostStep.due_at_start = reconcile.at_start(current)  # before any message: it fences the old ones off
     returned = take_back_messages(current)
     log.info("%d messages of the worker before are back in their queues", returned)
@@ -63,6 +71,7 @@ def run_worker(*, log_level: str = "INFO") -> None:
     # The worker is root on purpose: netns, CNI and runsc need it; only JSON is accepted.
     warnings.filterwarnings("ignore", category=SecurityWarning)
     workflow.this_host()  # the probe runs here once, not in each child
+    host_rootfs(current)  # and so does the look at the host's /etc
     workflow.app.worker_main(
         [
             "worker",
@@ -90,6 +99,26 @@ def take_back_messages(current: Settings) -> int:
         for tag in tags:
             channel.qos.restore_by_tag(tag, leftmost=False)
         return len(tags)
+
+
+@before_task_publish.connect
+def _before_publish(sender: str, **_: Any) -> None:
+    faults.point(f"message.{sender.removeprefix('sandbatch.')}.publish.before")
+
+
+@after_task_publish.connect
+def _after_publish(sender: str, **_: Any) -> None:
+    faults.point(f"message.{sender.removeprefix('sandbatch.')}.publish.after")
+
+
+@task_prerun.connect
+def _before_run(task: Any, **_: Any) -> None:
+    faults.point(f"message.{task.name.removeprefix('sandbatch.')}.run.before")
+
+
+@task_postrun.connect
+def _after_run(task: Any, **_: Any) -> None:
+    faults.point(f"message.{task.name.removeprefix('sandbatch.')}.run.after")
 
 
 @worker_process_init.connect

@@ -11,7 +11,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from worker import procs
+from worker import faults, procs
 from worker.errors import HostNotReady, ProcessTimeout, RunscError
 from worker.process import last_words
 from worker.runsc import Runsc, clean_env
@@ -46,7 +46,8 @@ def create(
     argv = _conmon_argv(runsc, container_id, bundle_dir, log_path, exit_dir, netns_path)
     deadline = time.monotonic() + runsc.timeout_s
     try:
-        answer = _spawn(argv, bundle_dir / CONMON_OUTPUT, deadline)
+        answer = _spawn(faults.program("conmon.create", argv), bundle_dir / CONMON_OUTPUT, deadline)
+        faults.point("conmon.create.after")
     except ProcessTimeout:
         end_container(runsc, container_id, bundle_dir, exit_dir)
         raise

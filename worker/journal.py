@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from worker import faults
 from worker.errors import Busy, JournalError
 from worker.spec import CONTAINER_ID, Spec
 
@@ -131,6 +132,8 @@ class Journal:
     def _append(self, event: dict[str, Any], *, sync: bool = False) -> None:
         event = {"seq": self.seq + 1, "t": now(), **event}
         line = json.dumps(event, separators=(",", ":")).encode() + b"\n"
+        point = ".".join(filter(None, ("journal", event["event"], event.get("stage"))))
+        faults.point(f"{point}.before")
         handle = os.open(self.folder / FILE, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         try:
             os.write(handle, line)
@@ -138,6 +141,7 @@ class Journal:
                 os.fdatasync(handle)
         finally:
             os.close(handle)
+        faults.point(f"{point}.after")
         self._apply(event)
 
     def _apply(self, event: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Run the stages of one sandbox, and undo them: what every Celery task of a host is a thin skin on."""
 
+from worker import faults
 from worker.errors import NotReady, SandbatchError
 from worker.journal import Journal
 from worker.stages import STAGE, STAGES, Host, Stage
@@ -22,7 +23,9 @@ def run_stage(host: Host, journal: Journal, name: str) -> bool:
         undo_stage(host, journal, stage)
     journal.mark_begun(name)  # before, not after: a failed ADD may already hold an address
     try:
+        faults.point(f"stage.{name}.do.before")
         data = stage.do(host, journal)
+        faults.point(f"stage.{name}.do.after")
     except BaseException as error:  # a time limit of Celery too: the journal must say how it ended
         journal.mark_failed(name, _words(error))
         raise
@@ -71,7 +74,9 @@ def undo_stage(host: Host, journal: Journal, stage: Stage) -> None:
         return
     journal.mark_undo_begun(stage.name)
     try:
+        faults.point(f"stage.{stage.name}.undo.before")
         stage.undo(host, journal)
+        faults.point(f"stage.{stage.name}.undo.after")
     except BaseException as error:
         journal.mark_undo_failed(stage.name, _words(error))
         raise

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from worker import faults
 from worker.errors import ProcessTimeout, SandbatchError
 
 WORDS = 400  # of a program's own words, this many characters reach an error message
@@ -28,21 +29,25 @@ def run(
     stdin: str = "",
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
+    point: str = "",
 ) -> Completed:
     """Run `argv` to its end.
 
     It gets a session of its own, so that a timeout ends its children too, and the parent-death
     signal, so that it does not outlive a killed worker. Never for programs that leave a daemon
-    behind with our stdio: the pipe would stay open (see `worker.conmon`).
+    behind with our stdio: the pipe would stay open (see `worker.conmon`). `point` names it in
+    `worker.faults`; by default its own name does.
 
     Raises:
         ProcessTimeout: It ran longer than `timeout_s`, and was killed with its children.
         SandbatchError: It cannot be started.
     """
     name = Path(argv[0]).name
+    point = point or name
+    words = faults.program(point, [str(word) for word in argv])
     try:
         process = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL", *map(str, argv)],
+            ["setpriv", "--pdeathsig", "KILL", *words],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -64,6 +69,7 @@ def run(
     except BaseException:  # a Celery time limit, Ctrl-C: leave nothing running
         _kill_group(process)
         raise
+    faults.point(f"{point}.after")
     return Completed(process.returncode, stdout, stderr)
 
 

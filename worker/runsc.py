@@ -98,7 +98,8 @@ class Runsc:
         if self.hides_sysctl:
             env |= {"NETNS": str(netns_path), "EMPTY": str(self._empty_dir)}
             argv = ["unshare", "--mount", "--propagation", "slave", "sh", "-c", HIDE_SYSCTL, "sh", *argv]
-        self._check("start", container_id, process.run(argv, timeout_s=self.timeout_s, env=env))
+        done = process.run(argv, timeout_s=self.timeout_s, env=env, point="runsc.start")
+        self._check("start", container_id, done)
 
     def state(self, container_id: str) -> dict[str, Any] | None:
         """The OCI state (`status`, `pid`, `bundle`); None for an id that runsc does not know."""
@@ -142,7 +143,8 @@ class Runsc:
     def _run(self, *args: str, timeout_s: float | None = None) -> process.Completed:
         # Pipes are safe here: none of these verbs leaves a process behind, only `create` does.
         argv = [str(self.binary), *self.global_args(), *args]
-        return process.run(argv, timeout_s=timeout_s or self.timeout_s, env=clean_env())
+        point = f"runsc.{args[0]}"
+        return process.run(argv, timeout_s=timeout_s or self.timeout_s, env=clean_env(), point=point)
 
     def _check(self, verb: str, container_id: str, done: process.Completed) -> str:
         if done.returncode:
@@ -159,8 +161,8 @@ def find_binary(settings: Settings) -> Path:
     name = settings.runsc or "runsc"
     found = shutil.which(name)
     if found is None:
-        where = "no such program" if settings.runsc else "not on the PATH"
-        raise HostNotReady(name, where, "run sandbatch setup, or name it with SANDBATCH_RUNSC")
+        where = f"{name}: no such program" if settings.runsc else "not on the PATH"
+        raise HostNotReady("runsc", where, "run sandbatch setup, or name it with SANDBATCH_RUNSC")
     return Path(found).absolute()
 
 

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -15,6 +15,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from worker import faults
 from worker.errors import BadInput
 
 DEFAULT_CONFIG = Path("/etc/sandbatch/sandbatch.toml")
@@ -44,6 +45,8 @@ class Settings(BaseSettings):
     runsc_timeout_s: float = Field(30.0, gt=0, description="longest run of one runsc verb")
     rootfs_allow: tuple[Path, ...] = ()
     mount_allow: tuple[Path, ...] = ()
+    faults: str = Field("", description="fault points of a test (worker.faults)")
+    allow_faults: bool = False
     reconcile_s: float = Field(15.0, gt=0, description="time between two looks at what is left over")
 
     @field_validator("host")
@@ -52,6 +55,13 @@ class Settings(BaseSettings):
         if not HOST_NAME.match(value):
             raise ValueError("a host name has letters, digits, '-', '_', '.', at most 63")
         return value
+
+    @model_validator(mode="after")
+    def _faults_are_for_tests(self) -> "Settings":
+        if self.faults and not self.allow_faults:
+            raise ValueError("faults break sandboxes on purpose: set SANDBATCH_ALLOW_FAULTS=1 as well")
+        faults.parse(self.faults)
+        return self
 
     @field_validator("state_dir", "run_dir", "cni_conf_dir", "cni_cache_dir")
     @classmethod
@@ -117,10 +127,13 @@ def load_settings(**flags: Any) -> Settings:
         return Settings(**{name: value for name, value in flags.items() if value is not None})
     except ValidationError as error:
         first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"]) or "?"
+        why = str(first["msg"]).removeprefix("Value error, ")
+        if not first["loc"]:  # a check of the whole: its input is all settings, the broker's password too
+            raise BadInput("settings", why, "correct the flags, the environment or the file") from None
+        name = ".".join(str(part) for part in first["loc"])
         raise BadInput(
             f"setting {name}",
-            f"{first.get('input')!r} is not allowed ({first['msg']})",
+            f"{first.get('input')!r} is not allowed ({why})",
             f"correct the flag, SANDBATCH_{name.upper()} or the line in {DEFAULT_CONFIG}",
         ) from None
     except (OSError, ValueError) as error:  # TOMLDecodeError is a ValueError

@@ -1,0 +1,56 @@
+"""Systems for the tests of a whole host. Each has folders, a bridge and a subnet of its own."""
+
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.host.machine import difference, snapshot
+from tests.host.system import System
+
+SUBNETS = (f"10.{number}.0.0/24" for number in count(150))
+
+
+@pytest.fixture
+def unchanged_machine(host_parts: None) -> Iterator[None]:
+    """After the test the machine is as before: rules, links, leases, netns, cgroups, mounts, processes."""
+    before = snapshot()
+    yield
+    assert difference(before, snapshot()) == {}
+
+
+@pytest.fixture
+def make_system(unchanged_machine: None, tmp_path: Path) -> Iterator[Callable[..., System]]:
+    """Systems that are stopped and removed after the test."""
+    made: list[System] = []
+
+    def make(**env: str) -> System:
+        folder = tmp_path / f"system{len(made)}"
+        folder.mkdir()
+        made.append(System(folder, next(SUBNETS), dict(env)))
+        return made[-1]
+
+    yield make
+    for system in made:
+        system.remove()
+
+
+@pytest.fixture(scope="module")
+def system(host_parts: None, tmp_path_factory: Any) -> Iterator[System]:
+    """A system that runs for all tests of a module; each removes what it launched (`clean_system`)."""
+    before = snapshot()
+    made = System(tmp_path_factory.mktemp("system"), next(SUBNETS))
+    made.start()
+    yield made
+    made.remove()
+    assert difference(before, snapshot()) == {}
+
+
+@pytest.fixture
+def clean_system(system: System) -> Iterator[System]:
+    """The module's system; after the test its sandboxes are removed and the audit is clean."""
+    yield system
+    system.cli("rm", "--all")
+    assert system.audit() == []

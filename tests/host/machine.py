@@ -1,0 +1,76 @@
+"""What sandboxes could leave on a machine, listed: two lists are compared, before and after."""
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+COUNTERS = re.compile(r"\[\d+:\d+\]|counter packets \d+ bytes \d+|^#.*$", re.MULTILINE)
+BENCH = "sandbatch-bench"  # a bench may run beside the tests
+
+
+def snapshot() -> dict[str, list[str]]:
+    """Firewall rules, links, leases and cache, netns, cgroups, mounts and the processes of sandboxes."""
+    return {
+        "iptables": _lines("iptables-save"),
+        "nftables": _lines("nft", "list", "ruleset"),
+        "links": sorted(link["ifname"] for link in json.loads(_output("ip", "-j", "link"))),
+        "addresses": sorted(f"{one['ifname']} {one['addr_info']}" for one in _addresses()),
+        "cni": _tree(Path("/var/lib/cni")),
+        "netns": sorted(os.listdir("/var/run/netns")) if Path("/var/run/netns").is_dir() else [],
+        "cgroups": sorted(folder for folder, _, _ in os.walk("/sys/fs/cgroup") if BENCH not in folder),
+        "mounts": sorted(
+            line.split(" ")[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()
+        ),
+        "processes": _processes(),
+    }
+
+
+def difference(before: dict[str, list[str]], after: dict[str, list[str]]) -> dict[str, list[str]]:
+    """What came and what went; empty where nothing did. `last_reserved_ip` is host-local's own memory."""
+    found: dict[str, list[str]] = {}
+    for kind, old in before.items():
+        new = after[kind]
+        came = [f"+ {one}" for one in new if one not in old]
+        went = [f"- {one}" for one in old if one not in new]
+        if came or went:
+            found[kind] = came + went
+    return found
+
+
+def _addresses() -> list[dict[str, object]]:
+    shown = json.loads(_output("ip", "-j", "-4", "addr"))
+    return [{"ifname": one["ifname"], "addr_info": [a["local"] for a in one["addr_info"]]} for one in shown]
+
+
+def _processes() -> list[str]:
+    """Command lines of whatever is left of a sandbox: its own processes and conmon."""
+    found = []
+    for name in filter(str.isdecimal, os.listdir("/proc")):
+        try:
+            words = Path(f"/proc/{name}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if BENCH in words:
+            continue
+        if re.search(r"\b(runsc|runsc-\w+|conmon|exe) ", words) and "sb-" in words:
+            found.append(f"{name} {words[:200]}")
+    return sorted(found)
+
+
+def _tree(folder: Path) -> list[str]:
+    return sorted(
+        str(path)
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "lock" and not path.name.startswith("last_reserved_ip")
+    )
+
+
+def _lines(*argv: str) -> list[str]:
+    text = COUNTERS.sub("", _output(*argv))
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _output(*argv: str) -> str:
+    return subprocess.run(argv, check=True, capture_output=True, text=True).stdout
