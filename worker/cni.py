@@ -20,7 +20,7 @@ from worker.cni_config import VERSIONS, Network, network_from_bytes
 from worker.cni_json import loads
 from worker.cni_result import converted, result_ips, typed
 from worker.errors import BadInput, BadNetwork, CniPluginError, SandbatchError
-from worker.netns import world_put_back
+from worker.netns import remove_half_made, world_put_back
 from worker.settings import Settings
 
 __all__ = ["Attachment", "CniRuntime", "result_ips"]
@@ -215,7 +215,9 @@ class CniRuntime:
         # Below 0.4.0 the plugins get no prevResult; the netns is made as it was all the same.
         prev_result = result if network.is_at_least("0.4.0") else None
         with contextlib.ExitStack() as stack:
-            if result is not None:
+            if result is None:  # nobody knows what ADD has made; the plugins go by the netns and the id
+                remove_half_made(attachment.netns_path)
+            else:
                 world = world_put_back(
                     attachment.netns_path, attachment.if_name, converted(result, VERSIONS[-1])
                 )
@@ -228,7 +230,8 @@ class CniRuntime:
         try:
             return self._cached_result(network, attachment)
         except SandbatchError:  # an entry without a result helps nobody; DEL must go on
-            self._forget(network, attachment)
+            if network.is_at_least("0.4.0"):  # below it libcni does not look
+                self._forget(network, attachment)
             return None
 
     def _forget(self, network: Network, attachment: Attachment) -> None:
@@ -257,8 +260,9 @@ class CniRuntime:
             words = f"not found in {places}; run sandbatch setup"
             raise CniPluginError(command, plugin, attachment.container_id, NO_ERROR_CODE, words)
         env = self._environment(command, attachment, path)
+        words, point = json.dumps(stdin), f"cni.{plugin}.{command}"
         for tries_left in reversed(range(BUSY_TRIES)):
-            done = process.run([binary], timeout_s=self.timeout_s, stdin=json.dumps(stdin), env=env)
+            done = process.run([binary], timeout_s=self.timeout_s, stdin=words, env=env, point=point)
             if not (tries_left and done.returncode in (126, 127) and "Text file busy" in done.stderr):
                 break
             time.sleep(BUSY_PAUSE_S)  # nothing tells when the writer is done
@@ -322,10 +326,7 @@ def _stdin(
 
 def _result(command: str, plugin: str, attachment: Attachment, answer: str, version: str) -> dict[str, Any]:
     try:
-        found = loads(answer)
-        if found is not None and not isinstance(found, dict):
-            raise ValueError("no JSON object")
-        return typed(found, version)
+        return typed(loads(answer), version)
     except (ValueError, RecursionError) as error:
         words = f"{error}; it printed {process.last_words(answer, 80)!r}"
         raise CniPluginError(command, plugin, attachment.container_id, NO_ERROR_CODE, words) from None

@@ -86,12 +86,12 @@ def load_result(
     """
     path = entry_path(cache_dir, network, container_id, if_name)
     try:
-        found = loads(path.read_text(errors="replace"))
-        result = found.get("result") if found.get("kind") == KIND else found
+        entry = read(path)
+        result = loads(path.read_text(errors="replace")) if entry is None else entry.result
         return converted(typed(result, "0.1.0"), version)
     except OSError:
         return None
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         why = f"holds no result ({error})"
         raise SandbatchError(f"CNI cache entry {path}", why, "DEL removes it") from None
 

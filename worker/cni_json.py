@@ -22,7 +22,9 @@ def parse_object(raw: bytes, where: str) -> dict[str, Any]:
         document = loads(raw.decode("utf-8", "replace"))  # as Go does with bytes that are no UTF-8
     except json.JSONDecodeError as error:
         raise BadNetwork(where, f"line {error.lineno}: {error.msg}", "correct or remove it") from None
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        raise BadNetwork(where, "nested too deeply", "correct or remove it") from None
+    except ValueError as error:
         raise BadNetwork(where, str(error), "correct or remove it") from None
     if not isinstance(document, dict):
         raise BadNetwork(where, "line 1: a JSON object is needed", "correct or remove it")

@@ -13,13 +13,15 @@ Check = Callable[[Any], Any]
 Table = Mapping[str, tuple[Check, bool]]  # of a Go struct: key -> its check, whether a zero value is left out
 
 
-def typed(result: dict[str, Any] | None, config_version: str) -> dict[str, Any]:
+def typed(result: Any, config_version: str) -> dict[str, Any]:
     """What libcni hands on of a plugin's result; one without `cniVersion` has the configuration's.
 
     Raises:
         ValueError: It is no result of a version that we know.
     """
-    result = result or {}
+    result = {} if result is None else result
+    if not isinstance(result, dict):
+        raise ValueError("no JSON object")
     version = result.get("cniVersion")
     if not isinstance(version, str) or not version:
         version = config_version

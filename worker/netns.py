@@ -12,6 +12,7 @@ from typing import Any
 from pyroute2 import IPRoute, netns
 from pyroute2.netlink.exceptions import NetlinkError
 
+from worker import faults
 from worker.errors import SandbatchError
 
 NETNS_DIR = Path("/var/run/netns")
@@ -30,22 +31,25 @@ def create_netns(container_id: str) -> None:
     if netns_exists(container_id):
         _inside(netns_path(container_id), _set_loopback_up)
         return
-    # A killed worker may have left the mount point without its mount.
-    netns_path(container_id).unlink(missing_ok=True)
 
     def create() -> None:
+        # A killed worker may have left the mount point without its mount.
+        netns_path(container_id).unlink(missing_ok=True)
         if _libc().unshare(CLONE_NEWNET):
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
         netns.attach(container_id, "thread-self")
         with IPRoute() as ipr:
             _set_loopback_up(ipr)
 
+    faults.point("netns.create.before")
     _in_thread(container_id, create, "see dmesg, and that root runs this")
+    faults.point("netns.create.after")
 
 
 def delete_netns(container_id: str) -> None:
     """Delete the netns and with it every link inside. Safe to repeat, and after a half-done create."""
     path = netns_path(container_id)
+    faults.point("netns.delete.before")
     try:
         if netns_exists(container_id):
             netns.remove(container_id)
@@ -55,6 +59,7 @@ def delete_netns(container_id: str) -> None:
         return
     except OSError as error:
         raise SandbatchError(f"netns {container_id}", str(error.strerror), f"see findmnt {path}") from error
+    faults.point("netns.delete.after")
 
 
 def netns_exists(container_id: str) -> bool:
@@ -108,6 +113,12 @@ def put_world_back(path: Path, if_name: str, result: dict[str, Any]) -> bool:
     addresses = addresses_of(result, if_name)
     _inside(path, lambda ipr: found.extend(_put_link_back(ipr, if_name, addresses)))
     return bool(found)
+
+
+def remove_half_made(path: Path) -> None:
+    """Remove the name of a netns that holds none: plugins take a missing one for gone, this for an error."""
+    if _is_named(path) and path.is_file() and not _is_netns(path):
+        delete_netns(path.name)
 
 
 def _is_named(path: Path) -> bool:
@@ -177,7 +188,9 @@ def _inside(path: Path, act: Callable[[IPRoute], None]) -> None:
         with IPRoute() as ipr:
             act(ipr)
 
+    faults.point("netns.inside.before")
     _in_thread(path.name, enter_and_act, "see ip netns list")
+    faults.point("netns.inside.after")
 
 
 def _in_thread(name: str, act: Callable[[], None], todo: str) -> None:

@@ -292,8 +292,26 @@ CASES = [
             ("garbage", "garbage"),
             ("a result of another version", stale_entry(CONTAINER_ID, {"cniVersion": "0.3.1", **RESULT_04})),
             ("a result of no version", stale_entry(CONTAINER_ID, {"ips": [IP]})),
+            (
+                "a key of a wrong type, for which libcni takes all of it for a result",
+                stale_entry(CONTAINER_ID, netns=7, cniVersion="1.0.0", ips=[{"address": "10.1.0.7/16"}]),
+            ),
             ("a result of an unknown version", stale_entry(CONTAINER_ID, {"cniVersion": "0.9.0"})),
         ]
+    ),
+    Case(
+        "a DEL that fails, CNI 0.3.1, beside a cache entry without a result",
+        {"n.conflist": network("0.3.1")},
+        {"two.DEL": FAILS},
+        steps=("DEL",),
+        cache={f"net-{CONTAINER_ID}-eth0": stale_entry(CONTAINER_ID, {"cniVersion": "0.9.0"})},
+    ),
+    Case(
+        "a DEL that fails, CNI 0.4.0, beside a cache entry without a result",
+        {"n.conflist": network("0.4.0")},
+        {"two.DEL": FAILS},
+        steps=("DEL",),
+        cache={f"net-{CONTAINER_ID}-eth0": stale_entry(CONTAINER_ID, {"cniVersion": "0.9.0"})},
     ),
     Case(
         "arguments, capabilities and another interface",
