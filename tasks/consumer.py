@@ -65,7 +65,7 @@ def run_worker(*, log_level: str = "INFO") -> None:
     current = settings()
     faults.arm(current.faults, current.run_dir)
     HostStep.due_at_start = reconcile.at_start(current)  # before any message: it fences the old ones off
-    returned = take_back_messages(current)
+    returned = take_back_messages()
     log.info("%d messages of the worker before are back in their queues", returned)
     workflow.app.steps["worker"].add(HostStep)
     # The worker is root on purpose: netns, CNI and runsc need it; only JSON is accepted.
@@ -86,7 +86,7 @@ def run_worker(*, log_level: str = "INFO") -> None:
     )
 
 
-def take_back_messages(current: Settings) -> int:
+def take_back_messages() -> int:
     """Put back what the last worker of this host had taken and not acknowledged; returns how many.
 
     They lie under keys of this host alone (`unacked_key`), and the host lock says that no worker
@@ -95,7 +95,8 @@ def take_back_messages(current: Settings) -> int:
     with workflow.app.connection_for_write() as connection:
         channel: Any = connection.default_channel
         with channel.conn_or_acquire() as client:
-            tags = client.hkeys(channel.unacked_key)
+            # Not HKEYS of the hash: kombu's client leaves that command without its key prefix.
+            tags = client.zrange(channel.unacked_index_key, 0, -1)
         for tag in tags:
             channel.qos.restore_by_tag(tag, leftmost=False)
         return len(tags)

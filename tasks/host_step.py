@@ -83,8 +83,7 @@ class HostStep(bootsteps.StartStopStep):
 
     def _carry_out(self, due: reconcile.Due) -> None:
         for known in due.relaunch:
-            first = next(name for name in workflow.LAUNCH_STAGES if not known.is_done(name))
-            workflow.launch_chain(_order(known), first).apply_async()
+            workflow.launch_chain(_order(known)).apply_async()
         for known in due.unwind:
             workflow.step("unwind", _order(known), final=str(known.facts["wanted"])).apply_async()
         for known in due.wait:

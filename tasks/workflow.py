@@ -67,14 +67,14 @@ def step(name: str, order: Order, **more: Any) -> Signature[Any]:
     )
 
 
-def launch_chain(order: Order, first: str = LAUNCH_STAGES[0]) -> Signature[Any]:
-    """The stages from `first` on; whichever fails, the errback unwinds.
+def launch_chain(order: Order) -> Signature[Any]:
+    """The stages, first to last; whichever fails, the errback unwinds.
 
     The errback is bound: only so does Celery publish it, to the host's queue, instead of running
     it where the failure was noticed (celery/backends/base.py, _call_task_errbacks).
     """
-    left = LAUNCH_STAGES[LAUNCH_STAGES.index(first) :]
-    return chain(*(step(name, order) for name in left)).on_error(step("unwind", order, final="failed"))
+    stages = chain(*(step(name, order) for name in LAUNCH_STAGES))
+    return stages.on_error(step("unwind", order, final="failed"))
 
 
 def undo_chain(order: Order, begun: list[str]) -> Signature[Any]:

@@ -64,6 +64,7 @@ class Journal:
     data: dict[str, dict[str, Any]] = field(default_factory=dict)  # stage -> what its `do` returned
     facts: dict[str, Any] = field(default_factory=dict)  # wanted, error, running_at, ended_at, final, stuck
     _begun: dict[str, bool] = field(default_factory=dict)  # stage -> done; absent: not begun or undone
+    _stale: set[str] = field(default_factory=set)  # begun by an attempt that is over
 
     # -- what it says ------------------------------------------------------------------------------
 
@@ -74,6 +75,11 @@ class Journal:
 
     def is_done(self, stage: str) -> bool:
         return self._begun.get(stage, False)
+
+    @property
+    def is_stale(self) -> bool:
+        """It holds something of an attempt that is over."""
+        return bool(self._stale)
 
     @property
     def is_unwinding(self) -> bool:
@@ -160,6 +166,7 @@ class Journal:
             self.runs.append(StageRun(stage, "undo", "begun", at))
         elif kind == "undone":
             self._begun.pop(stage, None)
+            self._stale.discard(stage)
             self._end(stage, "undo", "done", at)
         elif kind == "undo-failed":
             self._end(stage, "undo", "failed", at, event["message"])
@@ -167,6 +174,7 @@ class Journal:
             self.facts.update(event["facts"])
         elif kind == "attempt":
             self.attempt = event["attempt"]
+            self._stale = set(self._begun)
         else:
             raise JournalError(str(self.folder), f"unknown event {kind!r}", "another release wrote it")
 

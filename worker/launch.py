@@ -11,13 +11,20 @@ TERMINAL = ("exited", "failed", "cancelled")
 def run_stage(host: Host, journal: Journal, name: str) -> bool:
     """Do one stage; True if it was done now, False if there was nothing (more) to do.
 
-    A stage begun by a worker that died half-way is undone first: its half of the work is unknown.
+    A new attempt begins with the undo of what the one before it left: half of a stage is unknown, and
+    a sandbox that ran has taken the addresses off its netns. A stage that failed and is tried again
+    is undone first.
 
     Raises:
         SandbatchError: The stage failed, and says so in the journal. Its undo is still due.
     """
     stage = STAGE[name]
-    if journal.is_unwinding or journal.is_done(name):
+    if journal.is_unwinding:
+        return False
+    if journal.is_stale:
+        for old in reversed(STAGES):
+            undo_stage(host, journal, old)
+    if journal.is_done(name):
         return False
     if name in journal.begun:
         undo_stage(host, journal, stage)

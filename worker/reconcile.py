@@ -22,7 +22,7 @@ TWIN_WAIT_S = 2.0  # a child of the dead worker dies with it: it holds a lock no
 class Due:
     """What is to be done, as journals: the tasks layer turns it into messages."""
 
-    relaunch: list[Journal] = field(default_factory=list)  # go on with the stages that are not done
+    relaunch: list[Journal] = field(default_factory=list)  # begin anew, with the attempt of the journal
     unwind: list[Journal] = field(default_factory=list)  # go on with the undo
     wait: list[Journal] = field(default_factory=list)  # hand over to the prober
     report: list[Journal] = field(default_factory=list)  # tell the record
@@ -32,7 +32,7 @@ def at_start(settings: Settings) -> Due:
     """Look at every journal before this worker takes messages: none of them is being worked on.
 
     A launch under way gets a new attempt number, so that the messages of the dead worker act on
-    nothing; it goes on from its first stage that is not done.
+    nothing, and begins anew.
     """
     due, boot = Due(), boot_id()
     alive = {

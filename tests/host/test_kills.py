@@ -1,4 +1,4 @@
-"""kill -9 of the worker at each point of a sandbox's life, then a new worker: running or ended, nothing left."""
+"""kill -9 of the worker at each point of a life; a new worker: running or ended, nothing left."""
 
 import time
 
