@@ -45,7 +45,7 @@ def dumps(document: dict[str, Any]) -> bytes:
     text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
-    return text.encode("utf-8", "surrogatepass")
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()  # half a pair: U+FFFD
 
 
 def bad_key(raw: bytes, where: str, path: KeyPath, why: str, todo: str) -> BadNetwork:

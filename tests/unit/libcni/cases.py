@@ -332,6 +332,11 @@ CASES = [
         {"n.conf": {"cniVersion": "1.0.0", "name": "net", "type": "one", "mtu": 1500.0, "x": [1e10, 0.5]}},
     ),
     Case(
+        "characters that Go writes in its own way",
+        {"n.conf": {"cniVersion": "1.0.0", "name": "net", "type": "one", "x": '<&> \u2028 é "/\\ \x01'}},
+        steps=("ADD",),
+    ),
+    Case(
         "GC of entries that lack a key or have one of a wrong type",
         {"n.conflist": network("1.0.0", {"type": "one"})},
         steps=("GC",),
