@@ -83,6 +83,8 @@ def _look(settings: Settings) -> set[Finding]:
     networks = list_networks((settings.own_cni_conf_dir, settings.cni_conf_dir))[0]
     look = _Look(settings, {known.container_id: known for known in journals}, networks)
     for error in errors:
+        if not (Path(error.what) / journal.FILE).exists() and Path(error.what).is_dir():
+            continue  # a folder without a journal: see _files
         look._add("journal", error.what, "unreadable", Path(error.what).name, error.why)
     for known in journals:
         stuck = known.facts.get("stuck")
@@ -162,7 +164,8 @@ def _leases(look: _Look) -> dict[str, str]:
 
 
 def _veths(look: _Look, attached: dict[str, Journal]) -> None:
-    bridges = {p.get("bridge", "cni0") for p in _own_plugins(look) if p["type"] == "bridge"}
+    bridges = _bridges(look, attached)
+    others = _host_ends_of_others(look)
     due = {
         name: one for one, known in attached.items() for name in _host_ends(known.data["network"]["result"])
     }
@@ -175,6 +178,8 @@ def _veths(look: _Look, attached: dict[str, Journal]) -> None:
         if info is None or info.get_attr("IFLA_INFO_KIND") != "veth":
             continue
         master = names.get(link.get_attr("IFLA_MASTER") or 0)
+        if name in others:
+            continue
         if name in due or master in bridges or (master is None and OUR_VETH.match(name)):
             found[name] = due.get(name, "")
     if _has_attaching(look):
@@ -186,13 +191,22 @@ def _has_attaching(look: _Look) -> bool:
     return any("network" in known.begun and "network" not in known.data for known in look.journals.values())
 
 
-def _own_plugins(look: _Look) -> list[dict[str, Any]]:
-    network = look.networks.get(NAME)
-    return list(network.plugins) if network else []
+def _bridges(look: _Look, attached: dict[str, Journal]) -> set[str]:
+    """Bridges of our own network and of those that our sandboxes are on."""
+    names = {NAME, *(known.spec.network for known in attached.values())}
+    plugins = [plugin for name in names if name in look.networks for plugin in look.networks[name].plugins]
+    return {str(plugin.get("bridge", "cni0")) for plugin in plugins if plugin["type"] == "bridge"}
+
+
+def _host_ends_of_others(look: _Look) -> set[str]:
+    """Links that another runtime's cache entry has: it may share a network with us."""
+    entries = cni_cache.list_entries(look.settings.cni_cache_dir)
+    strangers = [one.result or {} for one in entries if not CONTAINER_ID.match(one.container_id)]
+    return {name for result in strangers for name in _host_ends(result)}
 
 
 def _host_ends(result: dict[str, Any]) -> list[str]:
-    ends = [one["name"] for one in result.get("interfaces", []) if not one.get("sandbox")]
+    ends = [str(one.get("name")) for one in result.get("interfaces") or [] if not one.get("sandbox")]
     return [name for name in ends if OUR_VETH.match(name)]
 
 

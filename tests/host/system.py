@@ -14,7 +14,7 @@ from typing import Any
 START_S = 40.0
 SERVER = ("--cwd", "/var/www/html", "--ready", "http:8000/", "--", "python3", "-m", "http.server", "8000")
 
-# A CNI plugin that records its calls and misbehaves as a file beside it says: "VERB exit1|hang|garbage".
+# A CNI plugin that records its calls; a file beside it says how it misbehaves: "VERB exit1|hang|garbage".
 FAULTY_PLUGIN = """#!/bin/sh
 here=$(dirname "$0")
 cat > "$here/stdin.$CNI_COMMAND"

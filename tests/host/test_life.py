@@ -95,7 +95,7 @@ def test_sandboxes_outlive_a_restart_of_the_worker(clean_system: System):
 
 
 def test_the_tutorials_two_files_work_unchanged(clean_system: System):
-    """The files of gVisor's "Using CNI", as they stand there but for the name of the bridge and the subnet."""
+    """The files of gVisor's "Using CNI", as they are but for the names of bridge and subnet."""
     mynet = {
         "cniVersion": "0.3.1",
         "name": "mynet",
