@@ -4,6 +4,7 @@ A running sandbatch is never disturbed: the bench has its own network namespace 
 firewall), its own /run/netns, its own folders, its own broker.
 """
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -55,6 +56,12 @@ def enter_own_namespaces() -> None:
     os.execvp(outer[0], [*outer, "tini", "-s", "--", sys.executable, *sys.argv])  # noqa: S606 - no shell
 
 
+def say(words: str) -> None:
+    """A line for people; that nobody reads it any more must not end the clearing up."""
+    with contextlib.suppress(OSError):
+        print(f"bench: {words}", file=sys.stderr, flush=True)
+
+
 class Ground:
     """Folders and settings of both halves: two hosts that share one network, of the same shape."""
 
@@ -93,7 +100,7 @@ class Ground:
                 try:
                     undo_all(host, mine)
                 except SandbatchError as error:
-                    print(f"bench: {error}", file=sys.stderr)
+                    say(str(error))
                     continue
                 mine.remove()
         findings = [one for settings in (self.ours, self.bare) for one in audit(settings)]

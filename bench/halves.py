@@ -18,6 +18,7 @@ from tasks.state import TERMINAL, State
 from tasks.submit import remove, submit
 from worker.errors import SandbatchError
 from worker.journal import Journal, now
+from worker.launch import run_stage, undo_stage
 from worker.prober import until_ready
 from worker.process import last_words
 from worker.settings import Settings
@@ -60,7 +61,7 @@ class MemoryJournal(Journal):
 
 
 class Bare:
-    """`do` and `undo` of each stage in a pool of threads: no queue, no record, no journal."""
+    """`do` and `undo` of each stage in a pool of threads: no queue, no record, no journal on the disk."""
 
     name = "bare"
 
@@ -98,7 +99,7 @@ class Bare:
         began = time.perf_counter()
         for stage in WORKS:
             with _Timed(row.stages, stage.name):
-                journal.data[stage.name] = stage.do(self._host, journal)
+                run_stage(self._host, journal, stage.name)
         with _Timed(row.stages, "ready"):
             asyncio.run(asyncio.wait_for(until_ready(journal), self._spec.ready_timeout_s))
         row.up_s = round(time.perf_counter() - began, 6)
@@ -108,7 +109,7 @@ class Bare:
         began = time.perf_counter()
         for stage in reversed(WORKS):
             with _Timed(row.undos, stage.name):
-                stage.undo(self._host, journal)
+                undo_stage(self._host, journal, stage)
         journal.log_path.unlink(missing_ok=True)
         if journal.folder.exists():
             journal.folder.rmdir()

@@ -22,7 +22,7 @@ from typing import Annotated, Any
 
 import redis
 import typer
-from ground import Ground, enter_own_namespaces
+from ground import Ground, enter_own_namespaces, say
 from halves import Bare, Ours, Row
 from kombu.exceptions import OperationalError
 from meter import Meter
@@ -153,17 +153,19 @@ def _measure(
                         out.flush()
                         laps += [lap] if number else []
                         if number:
-                            _say(f"round {number} of {rounds}, {_words(lap)}")
+                            say(f"round {number} of {rounds}, {_words(lap)}")
                     if not number:
-                        _say("warm")
+                        say("warm")
         finally:
             quiet()
-            findings = ground.clear(hosts[0]) if hosts else ground.remove()
+            try:
+                findings = ground.clear(hosts[0]) if hosts else ground.remove()
+            finally:
+                meter.close("ours", "bare")
             for one in findings:
-                _say(f"left over: {one.kind} {one.name}: {one.problem} ({one.detail})")
-            _say("audit: clean" if not findings else f"audit: {len(findings)} found")
-            meter.close("ours", "bare")
-    _say(f"rows: {path}")
+                say(f"left over: {one.kind} {one.name}: {one.problem} ({one.detail})")
+            say("audit: clean" if not findings else f"audit: {len(findings)} found")
+    say(f"rows: {path}")
     facts = {"runsc": found.version, "cpu_source": meter.source, "rows": str(path), "audit": len(findings)}
     return laps, facts, not findings
 
@@ -223,10 +225,6 @@ def _words(lap: Lap) -> str:
 
 def _median(values: Sequence[float]) -> float | None:
     return round(statistics.median(values), 4) if values else None
-
-
-def _say(words: str) -> None:
-    print(f"bench: {words}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

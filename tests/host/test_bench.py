@@ -94,3 +94,14 @@ def test_an_interrupted_run_leaves_nothing(new_traces: Any) -> None:
     assert process.returncode == 130, stderr
     assert "audit: clean" in stderr
     assert new_traces() == set()
+
+
+def test_a_run_that_nobody_listens_to_any_more_leaves_nothing(new_traces: Any) -> None:
+    """A closed terminal or a killed `| tee` must not end the clearing up half-way."""
+    with start("-n", "2", "-p", "2", "--rounds", "1", "--bare") as process:
+        assert process.stderr is not None
+        assert "warm" in process.stderr.readline()
+        process.stderr.close()
+        process.wait(TIMEOUT_S)
+
+    assert new_traces() == set()
