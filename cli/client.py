@@ -18,6 +18,8 @@ from worker.rootfs import resolve_rootfs
 from worker.settings import Settings
 from worker.spec import Spec
 
+FOLLOW_S = 2.0  # shorter than the socket's timeout; then the wait begins anew
+
 
 class Client:
     """The broker as the command line sees it."""
@@ -101,6 +103,13 @@ class Client:
             find_network(spec.network, (self.settings.own_cni_conf_dir, self.settings.cni_conf_dir))
         resolve_rootfs(spec.rootfs, self.settings)
 
+    def next_change(self, mark: str) -> str:
+        """Wait until something changes after `mark` of the stream; the new mark."""
+        while True:
+            entries = [entry for entry, _ in self.record.follow(mark, FOLLOW_S)]
+            if entries:
+                return entries[-1]
+
     def wait(
         self,
         ids: Sequence[str],
@@ -117,7 +126,7 @@ class Client:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         on_change(states)
         while not all(has_reached(state, goal) for state in states.values()):
-            left_s = 2.0 if deadline is None else min(2.0, deadline - time.monotonic())
+            left_s = FOLLOW_S if deadline is None else min(FOLLOW_S, deadline - time.monotonic())
             if left_s <= 0:
                 break
             changed = False

@@ -1,11 +1,15 @@
 """The command line: each command parses, calls one function and prints."""
 
+import contextlib
+import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.live import Live
 
 from cli import output, render
 from cli.client import Client, pair, shown
@@ -172,6 +176,9 @@ def run(
     label: Annotated[list[str] | None, typer.Option("-l", "--label", metavar="K=V")] = None,
     ready: Annotated[str, typer.Option(metavar="tcp:PORT|http:PORT/PATH|none")] = "none",
     ready_timeout: Annotated[float, typer.Option(metavar="S", help="Seconds until an answer.")] = 60.0,
+    batch_name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Name of the batch; one that is there grows.")
+    ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Until they run; exit 1 if one fails.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -193,8 +200,10 @@ def run(
         )
         client = Client(settings)
         client.validate(spec)
-        batch, ids = submit(client.app(), client.record, settings, [spec] * count)
+        batch, ids = submit(client.app(), client.record, settings, [spec] * count, batch=batch_name)
         say(f"batch {batch}")
+        if not client.record.live_hosts():
+            say("no host is up: they wait as queued; start sandbatch up, or sandbatch worker")
         if not as_json:
             out.print("\n".join(ids))
         states = _wait(client, ids, "running", None) if wait else {}
@@ -211,17 +220,23 @@ def ls(
     state: Annotated[list[str] | None, typer.Option(help="Only in this state; may be repeated.")] = None,
     label: Annotated[list[str] | None, typer.Option("-l", "--label", metavar="K=V")] = None,
     everything: Annotated[bool, typer.Option("-a", "--all", help="Removed ones, too.")] = False,
+    watch: Annotated[bool, typer.Option("-w", "--watch", help="Go on as they change, until Ctrl-C.")] = False,
     as_json: Json = False,
 ) -> None:
     """List sandboxes, oldest first; those removed are left out unless asked for."""
     with errors_for_humans():
         client = Client(load_settings())
-        rows = client.select(batch=batch, host=host, states=state or [], labels=label or [])
-        rows = [row for row in rows if everything or state or batch or not row["removed"]]
-        if as_json:
-            print_json([shown(row) for row in rows])
+
+        def select() -> list[dict[str, Any]]:
+            rows = client.select(batch=batch, host=host, states=state or [], labels=label or [])
+            return [row for row in rows if everything or state or batch or not row["removed"]]
+
+        if watch:
+            _watch(client, select, as_json)
+        elif as_json:
+            print_json([shown(row) for row in select()])
         else:
-            out.print(render.sandboxes(rows))
+            out.print(render.sandboxes(select()))
 
 
 @app.command(epilog="Example: sandbatch show sb-0123")
@@ -308,7 +323,19 @@ def rm(
 
 def main() -> None:
     """The `sandbatch` program."""
-    app()
+    if len(sys.argv) == 1:
+        sys.argv.append("--help")
+    try:
+        sys.exit(app(standalone_mode=False))
+    except typer.TyperException as error:  # typer's own words about the arguments, in our one line
+        words = getattr(error, "format_message", error.__str__)().rstrip(".")
+        command = "" if sys.argv[1].startswith("-") else sys.argv[1]
+        say(
+            f"sandbatch: {command or 'arguments'}: {words}; see sandbatch {command} --help".replace("  ", " ")
+        )
+        sys.exit(2)
+    except (typer.Abort, KeyboardInterrupt):
+        sys.exit(130)
 
 
 def _named(client: Client, ids: list[str] | None, batch: str | None) -> list[dict[str, Any]]:
@@ -334,6 +361,23 @@ def _wait(client: Client, ids: list[str], goal: str, timeout_s: float | None) ->
             progress.update(bar, completed=done, description=words)
 
         return client.wait(ids, goal, timeout_s, draw)
+
+
+def _watch(client: Client, select: Callable[[], list[dict[str, Any]]], as_json: bool) -> None:
+    """The table redrawn on a terminal; elsewhere, and as JSON, a line for each sandbox that changed."""
+    is_live = sys.stdout.isatty() and not as_json
+    mark, known = client.record.last_event(), dict[str, str]()
+    with Live(console=out, auto_refresh=False) if is_live else contextlib.nullcontext() as live:
+        while True:
+            rows = select()
+            if live is not None:
+                live.update(render.sandboxes(rows), refresh=True)
+            for row in rows if live is None else ():
+                if known.get(row["id"]) != row["state"]:
+                    line = json.dumps(shown(row)) if as_json else render.line(row)
+                    print(line, flush=True)
+            known = {row["id"]: row["state"] for row in rows}
+            mark = client.next_change(mark)
 
 
 def _tell_failures(client: Client, ids: list[str]) -> typer.Exit:

@@ -32,6 +32,13 @@ def sandboxes(rows: list[dict[str, Any]]) -> Table:
     return made
 
 
+def line(row: dict[str, Any]) -> str:
+    """A sandbox in one line, for what is no terminal."""
+    error = row["error"] or {}
+    why = f"{error['stage']}: {error['message']}" if error else ""
+    return "  ".join(filter(None, (row["id"], row["state"], row["host"] or "-", row["ip"] or "-", why)))
+
+
 def hosts(rows: list[dict[str, Any]]) -> Table:
     made = table("HOST", "SANDBOXES", "CAPACITY", "SLOTS", "HEARTBEAT", "VERSION", "NETWORKS")
     for row in rows:

@@ -90,7 +90,7 @@ def make_app(current: Settings, owner: str) -> Celery:
             "interval_max": 2,
         },
         worker_prefetch_multiplier=1,
-        worker_send_task_events=True,
+        worker_send_task_events=False,  # a third of the main process's work; Flower turns them on
         worker_hijack_root_logger=True,
         worker_disable_rate_limits=True,
         worker_redirect_stdouts=False,

@@ -1,6 +1,7 @@
 """What clients do: enqueue, remove. By task name, so that a laptop needs nothing of a host."""
 
 import contextlib
+import re
 import secrets
 from collections.abc import Sequence
 from typing import Any
@@ -12,20 +13,28 @@ from tasks.app import options
 from tasks.messages import Order
 from tasks.record import Record, public_url
 from tasks.state import TERMINAL, State
-from worker.errors import BrokerError
+from worker.errors import BadInput, BrokerError
 from worker.settings import Settings
 from worker.spec import Spec, new_container_id
 
+BATCH_NAME = re.compile(r"^[a-zA-Z0-9][a-zA-Z0-9_.\-]{0,62}$")
 BATCH_SIZE = 1000  # messages in one pipeline
 
 
-def submit(app: Celery, record: Record, settings: Settings, specs: Sequence[Spec]) -> tuple[str, list[str]]:
+def submit(
+    app: Celery, record: Record, settings: Settings, specs: Sequence[Spec], batch: str | None = None
+) -> tuple[str, list[str]]:
     """Enqueue sandboxes: the records first, then the messages; returns batch id and sandbox ids.
 
     Raises:
+        BadInput: `batch` is no name.
         BrokerError: The broker went away half-way; what was written is `queued` and is shown by `ls`.
     """
-    batch = "b-" + secrets.token_hex(6)
+    if batch is not None and not BATCH_NAME.fullmatch(batch):
+        raise BadInput(
+            f"batch name {batch!r}", "letters, digits, '_', '.', '-', at most 63", "choose another"
+        )
+    batch = batch or "b-" + secrets.token_hex(6)
     ids = [new_container_id() for _ in specs]
     record.enqueue(batch, list(zip(ids, specs, strict=True)))
     try:

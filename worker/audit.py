@@ -106,13 +106,15 @@ def _look(settings: Settings) -> set[Finding]:
 
 
 def _netns() -> dict[str, str]:
-    return {name: name for name in netns.list_netns() if CONTAINER_ID.match(name)}
+    return {name: name for name in netns.list_netns() if CONTAINER_ID.fullmatch(name)}
 
 
 def _network_objects(look: _Look, done: dict[str, Journal]) -> None:
     settings = look.settings
     entries = [
-        one for one in cni_cache.list_entries(settings.cni_cache_dir) if CONTAINER_ID.match(one.container_id)
+        one
+        for one in cni_cache.list_entries(settings.cni_cache_dir)
+        if CONTAINER_ID.fullmatch(one.container_id)
     ]
     for entry in entries:
         try:
@@ -122,6 +124,7 @@ def _network_objects(look: _Look, done: dict[str, Journal]) -> None:
     attached = {one: known for one, known in done.items() if "network" in known.data}
     due_entries = {f"{known.spec.network}-{one}-{IF_NAME}": one for one, known in attached.items()}
     look.compare("cni cache", "network", {one.path.name: one.container_id for one in entries}, due_entries)
+    look.compare("cni cache", "network", _half_written(look))
     leases = _leases(look)
     due_leases: dict[str, str] = {}
     for container_id, known in attached.items():
@@ -144,6 +147,13 @@ def _lease_folder(network: Network | None, settings: Settings) -> Path | None:
     return None
 
 
+def _half_written(look: _Look) -> dict[str, str]:
+    """Cache entries that a killed writer left beside the cache; DEL removes them."""
+    folder = look.settings.cni_cache_dir
+    names = os.listdir(folder) if folder.is_dir() else []
+    return {name: ID_PART.findall(name)[0] for name in names if name[0] == "." and ID_PART.search(name)}
+
+
 def _leases(look: _Look) -> dict[str, str]:
     """Leases of our ids everywhere, and all leases of our own network."""
     folders = {_lease_folder(network, look.settings): network.name for network in look.networks.values()}
@@ -158,7 +168,7 @@ def _leases(look: _Look) -> dict[str, str]:
                 owner = file.read_text().split("\n")[0].strip()
             except FileNotFoundError:
                 continue  # freed just now
-            if CONTAINER_ID.match(owner) or name == NAME:
+            if CONTAINER_ID.fullmatch(owner) or name == NAME:
                 found[str(file)] = owner
     return found
 
@@ -201,7 +211,7 @@ def _bridges(look: _Look, attached: dict[str, Journal]) -> set[str]:
 def _host_ends_of_others(look: _Look) -> set[str]:
     """Links that another runtime's cache entry has: it may share a network with us."""
     entries = cni_cache.list_entries(look.settings.cni_cache_dir)
-    strangers = [one.result or {} for one in entries if not CONTAINER_ID.match(one.container_id)]
+    strangers = [one.result or {} for one in entries if not CONTAINER_ID.fullmatch(one.container_id)]
     return {name for result in strangers for name in _host_ends(result)}
 
 

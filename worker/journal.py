@@ -61,6 +61,7 @@ class Journal:
     spec: Spec
     seq: int = 0
     runs: list[StageRun] = field(default_factory=list)
+    intents: dict[str, dict[str, Any]] = field(default_factory=dict)  # stage -> what its undo must know
     data: dict[str, dict[str, Any]] = field(default_factory=dict)  # stage -> what its `do` returned
     facts: dict[str, Any] = field(default_factory=dict)  # wanted, error, running_at, ended_at, final, stuck
     _begun: dict[str, bool] = field(default_factory=dict)  # stage -> done; absent: not begun or undone
@@ -101,8 +102,9 @@ class Journal:
 
     # -- events ------------------------------------------------------------------------------------
 
-    def mark_begun(self, stage: str) -> None:
-        self._append({"event": "begun", "stage": stage}, sync=True)
+    def mark_begun(self, stage: str, intent: dict[str, Any] | None = None) -> None:
+        """Before the act; `intent` is what an undo by another process needs to know of it."""
+        self._append({"event": "begun", "stage": stage, "intent": intent or {}}, sync=True)
 
     def mark_done(self, stage: str, data: dict[str, Any]) -> None:
         self._append({"event": "done", "stage": stage, "data": data})
@@ -155,6 +157,7 @@ class Journal:
         self.seq = event["seq"]
         if kind == "begun":
             self._begun[stage] = False
+            self.intents[stage] = event["intent"]
             self.runs.append(StageRun(stage, "do", "begun", at))
         elif kind == "done":
             self._begun[stage] = True
@@ -166,6 +169,7 @@ class Journal:
             self.runs.append(StageRun(stage, "undo", "begun", at))
         elif kind == "undone":
             self._begun.pop(stage, None)
+            self.data.pop(stage, None)
             self._stale.discard(stage)
             self._end(stage, "undo", "done", at)
         elif kind == "undo-failed":
@@ -235,7 +239,7 @@ def read(folder: Path) -> Journal:
         journal = Journal(
             folder, head["id"], head["attempt"], head["batch"], head["boot_id"], Spec(**head["spec"])
         )
-        if not CONTAINER_ID.match(journal.container_id) or journal.container_id != folder.name:
+        if not CONTAINER_ID.fullmatch(journal.container_id) or journal.container_id != folder.name:
             raise JournalError(str(path), f"is of {journal.container_id!r}", "its folder has another name")
         for line in lines[1:]:
             journal._apply(json.loads(line))
@@ -253,7 +257,7 @@ def read_all(sandboxes_dir: Path) -> tuple[list[Journal], list[JournalError]]:
     """Every journal of this host, without their locks, and the folders that cannot be read."""
     journals, errors = [], []
     for folder in sorted(sandboxes_dir.iterdir()) if sandboxes_dir.is_dir() else []:
-        if not CONTAINER_ID.match(folder.name):
+        if not CONTAINER_ID.fullmatch(folder.name):
             continue
         try:
             journals.append(read(folder))

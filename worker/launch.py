@@ -28,8 +28,14 @@ def run_stage(host: Host, journal: Journal, name: str) -> bool:
         return False
     if name in journal.begun:
         undo_stage(host, journal, stage)
-    journal.mark_begun(name)  # before, not after: a failed ADD may already hold an address
     try:
+        intent, refusal = stage.intend(host, journal), None
+    except SandbatchError as error:
+        intent, refusal = {}, error
+    journal.mark_begun(name, intent)  # before, not after: a failed ADD may already hold an address
+    try:
+        if refusal is not None:
+            raise refusal
         faults.point(f"stage.{name}.do.before")
         data = stage.do(host, journal)
         faults.point(f"stage.{name}.do.after")

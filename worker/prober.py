@@ -125,7 +125,7 @@ class Prober:
 
 async def until_ready(known: Journal) -> str:
     """Probe until the sandbox answers; what it answered, in words."""
-    match = READY.match(known.spec.ready)
+    match = READY.fullmatch(known.spec.ready)
     if match is None or known.spec.ready == "none":
         return "no probe asked for"
     address, delay_s = known.data["network"]["ips"][0], FIRST_DELAY_S

@@ -52,7 +52,7 @@ class Settings(BaseSettings):
     @field_validator("host")
     @classmethod
     def _host_is_a_name(cls, value: str) -> str:
-        if not HOST_NAME.match(value):
+        if not HOST_NAME.fullmatch(value):
             raise ValueError("a host name has letters, digits, '-', '_', '.', at most 63")
         return value
 

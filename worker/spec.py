@@ -20,7 +20,7 @@ def new_container_id() -> str:
 
 
 def _container_id(value: str) -> str:
-    if not CONTAINER_ID.match(value):
+    if not CONTAINER_ID.fullmatch(value):
         raise ValueError("an id is 'sb-' and 16 lowercase hexadecimal digits")
     return value
 
@@ -38,7 +38,7 @@ def _clean_path(value: str) -> str:
 
 
 def _ready(value: str) -> str:
-    match = READY.match(value)
+    match = READY.fullmatch(value)
     port = match and (match["tcp"] or match["http"])
     if not match or (port and not 1 <= int(port) <= 65535):
         raise ValueError("'none', 'tcp:PORT' or 'http:PORT/PATH' is needed, PORT from 1 to 65535")
@@ -50,7 +50,7 @@ def _rootfs(value: str) -> str:
 
 
 def _network(value: str) -> str:
-    if not NETWORK_NAME.match(value):
+    if not NETWORK_NAME.fullmatch(value):
         raise ValueError(
             "a network name has letters, digits, '_', '.', '-', and begins with a letter or digit"
         )
@@ -59,7 +59,7 @@ def _network(value: str) -> str:
 
 def _env(value: dict[str, str]) -> dict[str, str]:
     for name, text in value.items():
-        if not ENV_NAME.match(name):
+        if not ENV_NAME.fullmatch(name):
             raise ValueError(f"{name!r} is no name of an environment variable")
         _no_nul(text)
     return value

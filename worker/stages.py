@@ -5,7 +5,6 @@
 An undo is safe to repeat and safe after a half-done `do`; `worker.launch` runs the table.
 """
 
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,7 @@ from typing import Any
 from worker import bundle as oci
 from worker import conmon, netns
 from worker.cni import Attachment, CniRuntime, result_ips
-from worker.cni_config import find_network
-from worker.errors import SandbatchError
+from worker.cni_config import Network, find_network, network_from_bytes
 from worker.journal import Journal
 from worker.rootfs import resolve_rootfs
 from worker.runsc import Runsc
@@ -47,24 +45,23 @@ def delete_netns(host: Host, journal: Journal) -> None:
     netns.delete_netns(journal.container_id)
 
 
+def choose_network(host: Host, journal: Journal) -> dict[str, Any]:
+    """The network's configuration as ADD will have it: DEL must call the plugins that ADD called."""
+    return {"config": find_network(journal.spec.network, host.conf_dirs).whole.decode()}
+
+
 def attach(host: Host, journal: Journal) -> dict[str, Any]:
     """CNI ADD; the sandbox's addresses come from its result, since netstack takes them off the link."""
-    network = find_network(journal.spec.network, host.conf_dirs)
+    network = _chosen_network(journal, journal.intents["network"]["config"])
     result = host.cni.cni_add(network, _attachment(journal))
     return {"result": result, "ips": result_ips(result, IF_NAME)}
 
 
 def detach(host: Host, journal: Journal) -> None:
-    """CNI DEL, with the configuration and the result that ADD had (they are in the cache entry)."""
-    attachment = _attachment(journal)
-    if host.cni.is_attached(journal.spec.network, attachment):
-        network = host.cni.cached_network(journal.spec.network, attachment)
-    else:
-        try:  # ADD never finished: DEL is still due, with the configuration of today
-            network = find_network(journal.spec.network, host.conf_dirs)
-        except SandbatchError:
-            return  # no such network: no plugin can have run
-    host.cni.cni_del(network, attachment)
+    """CNI DEL with the configuration that ADD had; its result is in the cache entry."""
+    config = journal.intents.get("network", {}).get("config")
+    if config is not None:  # else there is no such network: no plugin can have run
+        host.cni.cni_del(_chosen_network(journal, config), _attachment(journal))
 
 
 def make_bundle(host: Host, journal: Journal) -> dict[str, Any]:
@@ -103,18 +100,24 @@ def nothing(host: Host, journal: Journal) -> None:
     """A probe leaves nothing behind."""
 
 
+def nothing_to_know(host: Host, journal: Journal) -> dict[str, Any]:
+    """What the undo needs follows from the sandbox's id."""
+    return {}
+
+
 @dataclass(frozen=True)
 class Stage:
-    """One step of a launch and what compensates it."""
+    """One step of a launch and what compensates it; `intend` is what the undo must know of the `do`."""
 
     name: str
     do: Callable[[Host, Journal], dict[str, Any]]
     undo: Callable[[Host, Journal], None]
+    intend: Callable[[Host, Journal], dict[str, Any]] = nothing_to_know
 
 
 STAGES = (
     Stage("netns", do=create_netns, undo=delete_netns),
-    Stage("network", do=attach, undo=detach),
+    Stage("network", do=attach, undo=detach, intend=choose_network),
     Stage("bundle", do=make_bundle, undo=remove_bundle),
     Stage("container", do=start_container, undo=end_container),
     Stage("ready", do=confirm_ready, undo=nothing),
@@ -126,8 +129,8 @@ def make_host(settings: Settings, *, hides_sysctl: bool) -> Host:
     return Host(settings, CniRuntime.from_settings(settings), Runsc.from_settings(settings, hides_sysctl))
 
 
-def local_host_name() -> str:
-    return socket.gethostname()
+def _chosen_network(journal: Journal, config: str) -> Network:
+    return network_from_bytes(config.encode(), f"network in the journal of {journal.container_id}")
 
 
 def _attachment(journal: Journal) -> Attachment:
