@@ -6,27 +6,33 @@ import socket
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
     TomlConfigSettingsSource,
 )
 
 from worker import faults
 from worker.errors import BadInput
+from worker.spec import host_name
 
 DEFAULT_CONFIG = Path("/etc/sandbatch/sandbatch.toml")
-HOST_NAME = re.compile(r"^[a-zA-Z0-9][a-zA-Z0-9_.\-]{0,62}$")
+BROKER_SCHEMES = ("redis://", "rediss://", "redis+socket://", "unix://")
+LOGIN = re.compile(r"://.*@|(?<=[?&]password=)[^&'\"]*")  # of a URL in an error
 MEMORY_PER_SANDBOX = 24 * 2**20  # 15 MB measured for an idle netstack sandbox, and room for a small program
 
 
 class Settings(BaseSettings):
     """One frozen object, read once at start. Times are in seconds."""
 
-    model_config = SettingsConfigDict(env_prefix="SANDBATCH_", frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(
+        env_prefix="SANDBATCH_", frozen=True, extra="forbid", allow_inf_nan=False
+    )
 
     broker_url: str = ""
     host: str = Field(default_factory=lambda: socket.gethostname().split(".")[0] or "localhost")
@@ -52,8 +58,17 @@ class Settings(BaseSettings):
     @field_validator("host")
     @classmethod
     def _host_is_a_name(cls, value: str) -> str:
-        if not HOST_NAME.fullmatch(value):
-            raise ValueError("a host name has letters, digits, '-', '_', '.', at most 63")
+        return host_name(value)
+
+    @field_validator("broker_url")
+    @classmethod
+    def _broker_is_one_that_we_speak_to(cls, value: str) -> str:
+        if value and not value.startswith(BROKER_SCHEMES):
+            raise ValueError(f"a URL is needed that begins with {', '.join(BROKER_SCHEMES)}")
+        try:
+            _ = urlsplit(value).port
+        except ValueError:  # its words may hold a part of the password
+            raise ValueError("it is no URL; in a password '/' is written %2F, ':' %3A, '@' %40") from None
         return value
 
     @model_validator(mode="after")
@@ -63,11 +78,12 @@ class Settings(BaseSettings):
         faults.parse(self.faults)
         return self
 
-    @field_validator("state_dir", "run_dir", "cni_conf_dir", "cni_cache_dir")
+    @field_validator("state_dir", "run_dir", "cni_conf_dir", "cni_cache_dir", "rootfs_allow", "mount_allow")
     @classmethod
-    def _path_is_absolute(cls, value: Path) -> Path:
-        if not value.is_absolute():
-            raise ValueError("an absolute path is needed")
+    def _path_is_absolute(cls, value: Path | tuple[Path, ...]) -> Path | tuple[Path, ...]:
+        for path in value if isinstance(value, tuple) else (value,):
+            if not path.is_absolute():
+                raise ValueError("an absolute path is needed")
         return value
 
     @classmethod
@@ -121,8 +137,9 @@ def load_settings(**flags: Any) -> Settings:
     """Read the settings; a flag that is None counts as not given.
 
     Raises:
-        BadInput: A value is wrong; the error has its name, the value and what is allowed.
+        BadInput: A value is wrong; the error has its name, the value and what is allowed, and no password.
     """
+    file = os.environ.get("SANDBATCH_CONFIG") or DEFAULT_CONFIG
     try:
         return Settings(**{name: value for name, value in flags.items() if value is not None})
     except ValidationError as error:
@@ -130,15 +147,23 @@ def load_settings(**flags: Any) -> Settings:
         why = str(first["msg"]).removeprefix("Value error, ")
         if not first["loc"]:  # a check of the whole: its input is all settings, the broker's password too
             raise BadInput("settings", why, "correct the flags, the environment or the file") from None
-        name = ".".join(str(part) for part in first["loc"])
+        name = str(first["loc"][0])
         raise BadInput(
             f"setting {name}",
-            f"{first.get('input')!r} is not allowed ({why})",
-            f"correct the flag, SANDBATCH_{name.upper()} or the line in {DEFAULT_CONFIG}",
+            f"{LOGIN.sub(_hide, repr(first.get('input')))} is not allowed ({why})",
+            f"correct the flag, SANDBATCH_{name.upper()} or the line in {file}",
+        ) from None
+    except SettingsError as error:  # its words: error parsing value for field "NAME" from source "…"
+        name = str(error).split('"')[1]
+        raise BadInput(
+            f"setting {name}", "it is no JSON list", f'write SANDBATCH_{name.upper()}=\'["/a", "/b"]\''
         ) from None
     except (OSError, ValueError) as error:  # TOMLDecodeError is a ValueError
-        file = os.environ.get("SANDBATCH_CONFIG") or DEFAULT_CONFIG
         raise BadInput(f"settings file {file}", str(error), "correct the file") from None
+
+
+def _hide(match: re.Match[str]) -> str:
+    return "://***@" if match[0].startswith("://") else "***"
 
 
 def _capacity_from_memory() -> int:

@@ -10,9 +10,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from worker.errors import BadInput
 
 CONTAINER_ID = re.compile(r"^sb-[0-9a-f]{16}$")  # one length: runsc matches ids by prefix
+HOST_NAME = re.compile(r"^[a-zA-Z0-9][a-zA-Z0-9_.\-]{0,62}$")
 NETWORK_NAME = re.compile(r"^[a-zA-Z0-9][a-zA-Z0-9_.\-]*$")
 ENV_NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
-READY = re.compile(r"^(?:none|tcp:(?P<tcp>\d{1,5})|http:(?P<http>\d{1,5})(?P<path>/[\x21-\x7e]*))$")
+READY = re.compile(r"^(?:none|tcp:(?P<tcp>[0-9]{1,5})|http:(?P<http>[0-9]{1,5})(?P<path>/[\x21-\x7e]*))$")
 
 
 def new_container_id() -> str:
@@ -25,16 +26,32 @@ def _container_id(value: str) -> str:
     return value
 
 
-def _no_nul(value: str) -> str:
+def _text(value: str) -> str:
+    """What JSON and the kernel can take; an argument of the command line may be neither."""
     if "\0" in value:
         raise ValueError("a NUL character is not allowed")
+    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError("it is no UTF-8")
+    return value
+
+
+def _command(value: list[str]) -> list[str]:
+    if not value or not value[0]:
+        raise ValueError("the command is empty, one is needed after --")
     return value
 
 
 def _clean_path(value: str) -> str:
     if not value.startswith("/") or ".." in PurePosixPath(value).parts:
         raise ValueError("an absolute path without '..' is needed")
-    return _no_nul(value)
+    return _text(value)
+
+
+def host_name(value: str) -> str:
+    """The name, if it can be one of a host, and of its queue."""
+    if not HOST_NAME.fullmatch(value):
+        raise ValueError("a host name has letters, digits, '-', '_', '.', at most 63")
+    return value
 
 
 def _ready(value: str) -> str:
@@ -61,7 +78,13 @@ def _env(value: dict[str, str]) -> dict[str, str]:
     for name, text in value.items():
         if not ENV_NAME.fullmatch(name):
             raise ValueError(f"{name!r} is no name of an environment variable")
-        _no_nul(text)
+        _text(text)
+    return value
+
+
+def _labels(value: dict[str, str]) -> dict[str, str]:
+    for part in (*value, *value.values()):
+        _text(part)
     return value
 
 
@@ -74,13 +97,13 @@ class Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     kind: Literal["spec/v1"] = "spec/v1"  # hosts are upgraded one by one
-    args: Annotated[list[Annotated[str, AfterValidator(_no_nul)]], Field(min_length=1)]
+    args: Annotated[list[Annotated[str, AfterValidator(_text)]], AfterValidator(_command)]
     rootfs: Annotated[str, AfterValidator(_rootfs)] = "host"
     network: Annotated[str, AfterValidator(_network)] = "sandbatch"
-    host: str | None = None
+    host: Annotated[str, AfterValidator(host_name)] | None = None
     env: Annotated[dict[str, str], AfterValidator(_env)] = Field(default_factory=dict)
     cwd: Annotated[str, AfterValidator(_clean_path)] = "/"
-    labels: dict[str, str] = Field(default_factory=dict)
+    labels: Annotated[dict[str, str], AfterValidator(_labels)] = Field(default_factory=dict)
     ready: Annotated[str, AfterValidator(_ready)] = "none"
     ready_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 60.0
 
@@ -92,12 +115,14 @@ def make_spec(**fields: Any) -> Spec:
         BadInput: Names the first wrong field, its value and what is allowed.
     """
     try:
-        spec = Spec(**fields)
+        return Spec(**fields)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "spec"
         why = first["msg"].removeprefix("Value error, ")
-        raise BadInput(field, f"{first.get('input')!r}: {why}", "correct it and run again") from None
-    if not spec.args[0]:
-        raise BadInput("args", "the command is empty", "give a command after --")
-    return spec
+        given = first.get("input")
+        if isinstance(
+            given, (dict, list)
+        ):  # all of it: the error speaks of one part, another may be a secret
+            raise BadInput(field, why, "correct it and run again") from None
+        raise BadInput(field, f"{given!r}: {why}", "correct it and run again") from None

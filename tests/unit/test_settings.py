@@ -1,0 +1,153 @@
+"""Where settings come from, and what a wrong one is told."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from worker.errors import BadInput
+from worker.settings import load_settings
+
+
+@pytest.fixture(autouse=True)
+def file(tmp_path, monkeypatch):
+    """The settings file of the test; the environment of whoever runs the tests counts for nothing."""
+    for name in [name for name in os.environ if name.startswith("SANDBATCH_")]:
+        monkeypatch.delenv(name)
+    file = tmp_path / "sandbatch.toml"
+    monkeypatch.setenv("SANDBATCH_CONFIG", str(file))
+    return file
+
+
+def refusal(**flags: object) -> str:
+    with pytest.raises(BadInput) as caught:
+        load_settings(**flags)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_flag_before_environment_before_file_before_default(file, monkeypatch):
+    """The nearer to the command, the stronger; a flag that is None was not given."""
+    default = load_settings().reconcile_s
+    file.write_text("reconcile_s = 1\n")
+    assert (default, load_settings().reconcile_s) == (15.0, 1.0)
+    monkeypatch.setenv("SANDBATCH_RECONCILE_S", "2")
+    assert load_settings(reconcile_s=None).reconcile_s == 2.0
+    assert load_settings(reconcile_s=3).reconcile_s == 3.0
+
+
+def test_a_host_needs_no_settings():
+    """Broker of this machine, its name, room by its memory and cores."""
+    settings = load_settings()
+    assert settings.is_broker_embedded
+    assert settings.broker_socket == Path("/run/sandbatch/broker.sock")
+    assert settings.host
+    assert settings.capacity > 0
+    assert settings.slots == 2 * os.cpu_count()
+
+
+def test_what_we_do_not_know_in_the_environment_is_not_ours_to_judge(monkeypatch):
+    """SANDBATCH_CONFIG and those of the tests are no settings."""
+    monkeypatch.setenv("SANDBATCH_OF_NOBODY", "1")
+    assert load_settings().network == "sandbatch"
+
+
+def test_settings_cannot_be_changed():
+    with pytest.raises(ValueError, match="frozen"):
+        load_settings().host = "other"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("host", "", "letters, digits"),
+        ("host", "a b", "letters, digits"),
+        ("host", "-a", "letters, digits"),
+        ("host", "a" * 64, "at most 63"),
+        ("host", "a\n", "letters, digits"),
+        ("capacity", "0", "greater than 0"),
+        ("capacity", "many", "valid integer"),
+        ("slots", "-1", "greater than 0"),
+        ("state_dir", "", "absolute path"),
+        ("run_dir", "run", "absolute path"),
+        ("cni_conf_dir", "./net.d", "absolute path"),
+        ("cni_cache_dir", "cni", "absolute path"),
+        ("rootfs_allow", '["here"]', "absolute path"),
+        ("mount_allow", '["/a", "b"]', "absolute path"),
+        ("rootfs_allow", "/a:/b", "JSON list"),
+        ("cni_timeout_s", "0", "greater than 0"),
+        ("cni_timeout_s", "inf", "finite"),
+        ("runsc_timeout_s", "nan", "finite"),
+        ("runsc_platform", "gpu", "systrap|ptrace|kvm"),
+        ("runsc_network", "bridge", "sandbox|host|none"),
+        ("reconcile_s", "-1", "greater than 0"),
+        ("allow_faults", "perhaps", "boolean"),
+        ("broker_url", "http://h", "redis://, rediss://, redis+socket://, unix://"),
+        ("broker_url", "h:6379", "redis://"),
+        ("broker_url", " redis://h", "redis://"),
+        ("broker_url", "redis://h:port", "no URL"),
+        ("broker_url", "redis://[h", "no URL"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_its_name_and_what_is_allowed(monkeypatch, name, value, allowed):
+    """At start, in one line: nobody should meet it as a traceback an hour later."""
+    monkeypatch.setenv(f"SANDBATCH_{name.upper()}", value)
+    words = refusal()
+    assert words.startswith(f"setting {name}: ")
+    assert f"SANDBATCH_{name.upper()}" in words
+    assert allowed in words
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["", "redis://h", "redis://u:p@h:6379/1", "rediss://h", "redis+socket:///run/b.sock", "unix:///b.sock"],
+)
+def test_a_broker_is_named_as_redis_and_kombu_name_one(url):
+    assert load_settings(broker_url=url).broker_url == url
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("capacity = 0\n", "setting capacity: 0 is not allowed"),
+        ("capasity = 1\n", "setting capasity: 1 is not allowed (Extra inputs"),
+        ("capacity = \n", "line 1"),
+        ('host = "\udcff"\n', "can't decode"),
+    ],
+)
+def test_a_wrong_file_is_named(file, text, words):
+    """With --config it is not the one that the documentation names."""
+    file.write_text(text, errors="surrogateescape")
+    assert str(file) in refusal()
+    assert words in refusal()
+
+
+def test_faults_are_refused_unless_allowed(monkeypatch):
+    """They break sandboxes: a variable that was left set must not."""
+    monkeypatch.setenv("SANDBATCH_FAULTS", "stage.netns.do.before:kill")
+    assert "SANDBATCH_ALLOW_FAULTS=1" in refusal()
+    monkeypatch.setenv("SANDBATCH_ALLOW_FAULTS", "1")
+    assert load_settings().faults
+    assert "'nonsense' is no point:action" in refusal(faults="nonsense")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'broker_url = "http://:hunter2@h"\n',
+        'broker_url = "redis://:hunter2@h:port"\n',
+        'broker_url = "redis://:a/hunter2@h"\n',
+        'broker_url = ["redis://u:hunter2@h"]\n',
+        'broker_url = "http://h?password=hunter2"\n',
+        'broker_ulr = "redis://:hunter2@h"\n',
+        'broker_url = redis://:hunter2@h"\n',
+        'broker_url = "redis://:hunter2@h"\ncapacity = 0\n',
+        'broker_url = "redis://:hunter2@h"\nfaults = "x"\n',
+    ],
+)
+def test_no_error_shows_the_password_of_the_broker(file, text):
+    """It would be in logs and in issues; a mistake nearby or in the name itself is the usual case."""
+    file.write_text(text)
+    words = refusal()
+    assert "hunter2" not in words
+    assert "setting" in words
