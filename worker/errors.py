@@ -52,13 +52,11 @@ class CniPluginError(SandbatchError):
         self.command, self.plugin, self.container_id = command, plugin, container_id
         self.code, self.msg = code, msg
         self.can_pass = code == TRY_AGAIN_LATER
-
-    def __str__(self) -> str:
-        advice = (
+        who = f" for {container_id}" if container_id else ""
+        self.what, self.why = f"CNI {command} by plugin {plugin}{who}", f"{msg} (code {code})"
+        self.todo = (
             "try again later" if self.can_pass else "see the plugin's words above and the host's CNI files"
         )
-        who = f" for {self.container_id}" if self.container_id else ""
-        return f"CNI {self.command} by plugin {self.plugin}{who}: {self.msg} (code {self.code}); {advice}"
 
 
 class RunscError(SandbatchError):
