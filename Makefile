@@ -6,13 +6,13 @@ SOURCES := worker tasks cli tests bench
 export DEBIAN_FRONTEND := noninteractive
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint bench clean host
+.PHONY: demo test lint bench clean host test-host
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
 	$(BIN)/sandbatch demo
 
-test: $(VENV)/.dev host lint
+test: $(VENV)/.dev test-host lint
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.dev
@@ -23,6 +23,13 @@ lint: $(VENV)/.dev
 # What a host needs, where root is given; without it the tests of hosts skip (in CI they fail).
 host: $(VENV)/.installed
 	@if [ "$$(id -u)" = 0 ]; then $(BIN)/sandbatch setup; fi
+
+# What the tests look at a host with.
+TEST_PROGRAMS := nft:nftables ip:iproute2
+test-host: host
+	@for one in $(TEST_PROGRAMS); do \
+	  command -v $${one%%:*} >/dev/null || [ "$$(id -u)" != 0 ] || apt-get -qq install -y --no-install-recommends $${one##*:} >/dev/null || exit 1; \
+	done
 
 bench: $(VENV)/.dev host
 	$(BIN)/python bench/launch.py
@@ -42,4 +49,4 @@ $(VENV)/.dev: $(VENV)/.installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) build dist bench/out *.egg-info .mypy_cache .ruff_cache .pytest_cache

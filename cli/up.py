@@ -14,7 +14,7 @@ from tasks.record import check, connect
 from worker.doctor import check_host
 from worker.errors import BadInput, HostNotReady
 from worker.settings import Settings
-from worker.subnet import ensure_network
+from worker.subnet import NAME, ensure_network
 
 UNDER_TINI = "SANDBATCH_UNDER_TINI"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -34,25 +34,40 @@ def run_host_worker(settings: Settings) -> None:
     """
     if os.geteuid() != 0:
         raise BadInput("worker", "root is needed", "run it as root on the host")
-    for name in FLAGS:  # flags reach the tasks, and the process after tini, this way
-        os.environ[f"SANDBATCH_{name.upper()}"] = str(getattr(settings, name))
-    tini_pid = os.environ.pop(UNDER_TINI, None)
-    if tini_pid is None:
-        tini = shutil.which("tini")
-        if tini is None:
-            raise HostNotReady("tini", "not on the PATH", "sandbatch setup, or apt-get install tini")
-        os.environ[UNDER_TINI] = str(os.getpid())  # tini keeps it
-        os.execv(tini, [tini, "-s", "--", sys.executable, "-m", "cli", "worker"])  # noqa: S606 - argv list
-    if settings.network == "sandbatch":
-        ensure_network(settings)
-    check_host(settings)
-    check(connect(settings), settings)
+    _export(settings)
+    started_by = os.environ.pop(UNDER_TINI, None)
+    if started_by is None:
+        argv = _under_tini()
+        os.environ[UNDER_TINI] = "worker"
+        os.execv(argv[0], argv)  # noqa: S606 - argv list
+    if started_by != "up":  # which has looked already
+        _prepare(settings)
+        check(connect(settings), settings)
 
     from tasks.consumer import die_with_parent, run_worker, take_host_lock
 
-    die_with_parent(int(tini_pid))
+    die_with_parent(os.getppid())
     take_host_lock(settings)
     run_worker()
+
+
+def _export(settings: Settings) -> None:
+    """Flags reach the tasks, and the processes that we start, this way."""
+    for name in FLAGS:
+        os.environ[f"SANDBATCH_{name.upper()}"] = str(getattr(settings, name))
+
+
+def _under_tini() -> list[str]:
+    tini = shutil.which("tini")
+    if tini is None:
+        raise HostNotReady("tini", "not on the PATH", "sandbatch setup, or apt-get install tini")
+    return [tini, "-s", "--", sys.executable, "-m", "cli", "worker"]
+
+
+def _prepare(settings: Settings) -> None:
+    if settings.network == NAME:
+        ensure_network(settings)
+    check_host(settings)
 
 
 def run_up(settings: Settings, *, with_flower: bool) -> int:
@@ -63,14 +78,12 @@ def run_up(settings: Settings, *, with_flower: bool) -> int:
         raise BadInput("up", "root is needed", "run it as root on the host")
     if not settings.is_broker_embedded:
         raise BadInput("up", "SANDBATCH_BROKER_URL names another broker", "unset it, or run sandbatch worker")
-    if settings.network == "sandbatch":
-        ensure_network(settings)
-    check_host(settings)
+    _prepare(settings)
+    _export(settings)
     with _signals() as signalled, embedded_broker(settings), contextlib.ExitStack() as children:
-        argv = [sys.executable, "-m", "cli", "worker", "--host", settings.host]
-        processes = [children.enter_context(_child(argv))]
+        processes = [children.enter_context(_child(_under_tini(), {UNDER_TINI: "up"}))]
         if with_flower:
-            processes.append(children.enter_context(_child(flower_argv(5555, "127.0.0.1"))))
+            processes.append(children.enter_context(_child(flower_argv(5555, "127.0.0.1"), {})))
         say(f"host {settings.host} is up; Ctrl-C stops it, sandboxes go on")
         return _wait_for_any(processes, signalled)
 
@@ -88,11 +101,13 @@ def flower_argv(port: int, address: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def _child(argv: list[str]) -> Iterator["subprocess.Popen[bytes]"]:
+def _child(argv: list[str], env: dict[str, str]) -> Iterator["subprocess.Popen[bytes]"]:
     # A session of its own: Ctrl-C reaches us alone, and we send one TERM, after which Celery
     # finishes what it does. Two signals would make it drop its work.
     # Killed with us: the next `up` starts from the journals, and no half of it is left running.
-    process = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", *argv], start_new_session=True)
+    process = subprocess.Popen(
+        ["setpriv", "--pdeathsig", "KILL", *argv], start_new_session=True, env={**os.environ, **env}
+    )
     try:
         yield process
     finally:

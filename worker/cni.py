@@ -26,6 +26,11 @@ from worker.settings import Settings
 __all__ = ["Attachment", "CniRuntime", "result_ips"]
 
 BUSY_TRIES, BUSY_PAUSE_S = 6, 1.0  # as libcni: a plugin that is being upgraded (text file busy)
+LOST_CHAIN = re.compile(
+    r"running \[(?P<iptables>\S*ip6?tables) -t (?P<table>\w+) -D "
+    r".*[Cc]hain '(?P<chain>CNI-[0-9a-f]{24})' does not exist",
+    re.DOTALL,
+)
 NO_ERROR_CODE = 0  # the plugin ended with an error that is not in CNI's form
 CONTAINER_ID = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.\-]*")  # any runtime's, not only ours
 IF_NAME = re.compile(r"(?!\.\.?$)[^/:\s]+")
@@ -223,8 +228,25 @@ class CniRuntime:
                 )
                 stack.enter_context(world)
             for plugin in reversed(network.plugins):
-                self._run("DEL", plugin["type"], attachment, _stdin(network, plugin, attachment, prev_result))
+                self._run_del(plugin["type"], attachment, _stdin(network, plugin, attachment, prev_result))
         self._forget(network, attachment)
+
+    def _run_del(self, plugin: str, attachment: Attachment, stdin: dict[str, Any]) -> None:
+        """One plugin's DEL; a masquerade chain that somebody has taken away is put back first.
+
+        The bridge plugin takes a missing rule for undone and a missing chain for an error, so that
+        an `iptables -t nat -F` and `-X` by hand, or a firewall's reload, would end in a DEL that
+        fails for ever (seen with 1.1.1 and iptables 1.8.9).
+        """
+        try:
+            self._run("DEL", plugin, attachment, stdin)
+        except CniPluginError as error:
+            lost = LOST_CHAIN.search(error.msg)
+            if lost is None:
+                raise
+            argv = [lost["iptables"], "-t", lost["table"], "-N", lost["chain"], "--wait"]
+            process.run(argv, timeout_s=self.timeout_s)  # if it fails, so will the DEL, in its own words
+            self._run("DEL", plugin, attachment, stdin)
 
     def _result_for_del(self, network: Network, attachment: Attachment) -> dict[str, Any] | None:
         try:

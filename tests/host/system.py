@@ -113,6 +113,11 @@ class System:
         document = {"cniVersion": "1.0.0", "name": name, "plugins": plugins}
         (self.conf_dir / f"{name}.conflist").write_text(json.dumps(document))
 
+    def own_bridge(self) -> str:
+        """The bridge of the network `sandbatch`, which the system made for itself."""
+        file = next((self.folder / "state" / "cni" / "net.d").iterdir())
+        return str(json.loads(file.read_text())["plugins"][0]["bridge"])
+
     def faulty_plugin(self, mode: str) -> None:
         """Put the plugin `faulty` into the plugin folder; `mode` as `VERB what`, a line each."""
         plugin = self.plugins / "faulty"

@@ -9,7 +9,6 @@ from tests.host.system import SERVER, System
 TAKEN_UP_S = 15.0
 STAGES = ("netns", "network", "bundle", "container")
 LAUNCHING = [
-    "message.place.publish.after",  # of the client, which has no faults: see the worker's own points
     "message.place.run.before",
     "journal.begun.netns.before",
     "message.netns.publish.before",
@@ -23,7 +22,7 @@ LAUNCHING = [
     "message.ready.publish.before",
     "message.ready.run.before",
     "journal.done.ready.after",
-][1:]
+]
 REMOVING = [
     "message.unwind.run.before",
     "journal.facts.after",
@@ -34,42 +33,50 @@ REMOVING = [
 ]
 
 
-def restart(system: System) -> float:
-    """A worker without faults; the moment of its start."""
-    system.wait_for_end()
-    system.env.clear()
+@pytest.fixture
+def killed(make_system):
+    """A system whose worker is killed at the points given, one after the other."""
+    system = make_system(SANDBATCH_ALLOW_FAULTS="1")
     system.start()
-    return time.monotonic()
+    return system
 
 
-@pytest.mark.parametrize("point", LAUNCHING)
-def test_killed_while_launching(make_system, point: str):
+def restart(system: System, faults: str = "") -> float:
+    """A new worker, with the next faults; the moment of its start."""
+    if faults:
+        system.stop()
+    else:
+        system.wait_for_end()
+    system.env["SANDBATCH_FAULTS"] = faults
+    began = time.monotonic()
+    system.start()
+    return began
+
+
+@pytest.mark.timeout(600)
+def test_killed_while_launching(killed: System):
     """Within 15 s of the new worker's start the sandbox is running or failed, and nothing else is there."""
-    system = make_system(SANDBATCH_FAULTS=f"{point}:kill", SANDBATCH_ALLOW_FAULTS="1")
-    system.start()
-    (container_id,) = system.run(*SERVER)
-
-    began = restart(system)
-
-    state = system.wait([container_id], "running", TAKEN_UP_S)[container_id]
-    assert state in ("running", "failed"), system.log()
-    assert time.monotonic() - began < TAKEN_UP_S
-    assert system.audit() == []
-    system.cli("rm", container_id)
-    assert system.audit() == []
+    for point in LAUNCHING:
+        restart(killed, f"{point}:kill")
+        (container_id,) = killed.run(*SERVER)
+        began = restart(killed)
+        state = killed.wait([container_id], "running", TAKEN_UP_S)[container_id]
+        assert state in ("running", "failed"), f"{point}: {state}\n{killed.log()}"
+        assert time.monotonic() - began < TAKEN_UP_S, point
+        assert killed.audit() == [], point
+        killed.cli("rm", container_id)
+        assert killed.audit() == [], point
 
 
-@pytest.mark.parametrize("point", REMOVING)
-def test_killed_while_removing(make_system, point: str):
+@pytest.mark.timeout(600)
+def test_killed_while_removing(killed: System):
     """The undo goes on where it stood."""
-    faults = f"{point}:kill" if point != "journal.facts.after" else f"{point}:kill:2"  # 1: running_at
-    system = make_system(SANDBATCH_FAULTS=faults, SANDBATCH_ALLOW_FAULTS="1")
-    system.start()
-    (container_id,) = system.run("--wait", *SERVER)
-    system.cli("rm", "--no-wait", container_id)
-
-    restart(system)
-
-    assert system.wait([container_id], "terminal", TAKEN_UP_S) == {container_id: "exited"}
-    assert system.audit() == []
-    assert list(system.sandboxes.iterdir()) == []
+    for point in REMOVING:
+        (container_id,) = killed.run("--wait", *SERVER)
+        restart(killed, f"{point}:kill")
+        killed.cli("rm", "--no-wait", container_id)
+        restart(killed)
+        states = killed.wait([container_id], "terminal", TAKEN_UP_S)
+        assert states == {container_id: "exited"}, f"{point}: {states}\n{killed.log()}"
+        assert killed.audit() == [], point
+        assert list(killed.sandboxes.iterdir()) == [], point

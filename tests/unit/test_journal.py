@@ -1,0 +1,255 @@
+"""The host's own record: what it says after any crash, and who may write it."""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from worker import journal
+from worker.errors import Busy, JournalError
+from worker.journal import FILE, Journal
+from worker.spec import make_spec
+
+ID = "sb-0123456789abcdef"
+SPEC = make_spec(args=["true"], labels={"team": "rot"})
+
+
+@pytest.fixture
+def sandboxes(tmp_path):
+    return tmp_path / "sandboxes"
+
+
+@pytest.fixture
+def known(sandboxes) -> Journal:
+    return journal.create(sandboxes, ID, attempt=1, batch="b-1", spec=SPEC)
+
+
+def text(known: Journal) -> str:
+    return (known.folder / FILE).read_text()
+
+
+def again(known: Journal) -> Journal:
+    """As another process reads it."""
+    return journal.read(known.folder)
+
+
+def test_a_new_journal_says_what_was_asked_for(known, sandboxes):
+    assert (known.container_id, known.attempt, known.batch, known.spec) == (ID, 1, "b-1", SPEC)
+    assert known.boot == journal.boot_id()
+    assert (known.seq, known.begun, known.facts, known.final) == (0, [], {}, None)
+    assert os.listdir(known.folder) == [FILE]
+    assert known.folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_create_keeps_the_journal_that_is_there(known, sandboxes):
+    """A second copy of `place` must not wipe what the first one's stages have noted."""
+    known.mark_begun("netns")
+    other = journal.create(sandboxes, ID, attempt=9, batch="other", spec=SPEC)
+    assert (other.attempt, other.batch, other.begun) == (1, "b-1", ["netns"])
+
+
+def test_another_process_reads_what_was_noted(known):
+    """Stages are done by any pool process; the journal is all that they share."""
+    known.mark_begun("netns")
+    known.mark_done("netns", {"path": "/run/netns/x"})
+    known.mark_begun("network", {"config": "{}"})
+    known.mark_failed("network", "no\naddress")
+    known.set_facts(wanted="failed", error={"stage": "network", "message": "no"})
+    known.mark_undo_begun("network")
+    known.mark_undo_failed("network", "busy")
+    known.mark_undo_begun("network")
+    known.mark_undone("network")
+
+    other = again(known)
+    assert other == known
+    assert other.begun == ["netns"]
+    assert other.is_done("netns")
+    assert not other.is_done("network")
+    assert other.data == {"netns": {"path": "/run/netns/x"}}
+    assert other.is_unwinding
+    assert [(run.name, run.verb, run.state, run.error) for run in other.runs] == [
+        ("netns", "do", "done", None),
+        ("network", "do", "failed", "no\naddress"),
+        ("network", "undo", "failed", "busy"),
+        ("network", "undo", "done", None),
+    ]
+    assert all(run.duration_s is not None and run.ended_at for run in other.runs)
+
+
+def test_every_event_has_the_next_number(known):
+    """The record takes a view only if its number is higher."""
+    known.mark_begun("netns")
+    again(known).mark_done("netns", {})
+    other = again(known)
+    other.set_facts(running_at="now")
+    assert [json.loads(line)["seq"] for line in text(known).splitlines()[1:]] == [1, 2, 3]
+    assert again(known).seq == other.seq == 3
+
+
+def test_an_intent_outlives_the_undo_of_its_stage(known):
+    """A message of an undo that comes twice finds what the undo needs."""
+    known.mark_begun("network", {"config": "one"})
+    known.mark_undone("network")
+    assert again(known).intents["network"] == {"config": "one"}
+    known.mark_begun("network", {"config": "two"})
+    assert again(known).intents["network"] == {"config": "two"}
+
+
+def test_a_new_attempt_makes_stale_what_is_begun_until_it_is_undone(known):
+    known.mark_begun("netns")
+    known.mark_done("netns", {})
+    known.mark_begun("network")
+    known.new_attempt(2)
+    assert (again(known).attempt, again(known).is_stale) == (2, True)
+    known.mark_undone("network")
+    assert again(known).is_stale
+    known.mark_undone("netns")
+    known.mark_begun("netns")
+    assert not again(known).is_stale
+    assert again(known).begun == ["netns"]
+
+
+def test_a_new_attempt_that_holds_nothing_is_not_stale(known):
+    known.new_attempt(2)
+    assert not again(known).is_stale
+
+
+def test_every_cut_of_the_last_line_is_as_if_it_had_not_been_written(known):
+    """A kill or a power cut may leave any part of it."""
+    known.mark_begun("netns")
+    before = text(known)
+    known.mark_done("netns", {"a": "ü"})
+    last = (known.folder / FILE).read_bytes()[len(before.encode()) :]
+    for length in range(len(last)):
+        (known.folder / FILE).write_bytes(before.encode() + last[:length])
+        assert (again(known).seq, again(known).is_done("netns")) == (1, False)
+
+
+def test_what_comes_after_a_torn_line_is_not_glued_to_it(known, sandboxes):
+    with (known.folder / FILE).open("a") as out:
+        out.write('{"seq": 1, "event": "beg')
+    with journal.locked(sandboxes, ID) as mended:
+        mended.mark_begun("netns")
+    assert again(known).begun == ["netns"]
+    assert again(known).seq == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "cannot be read"),
+        ("\n", "cannot be read"),
+        ("{}\n", "cannot be read"),
+        ("[1]\n", "cannot be read"),
+        ("null\n", "cannot be read"),
+        ("hello\n", "cannot be read"),
+        ('{"kind": "journal/v1"', "cannot be read"),
+        ('{"kind": "journal/v1"}\n', "cannot be read"),
+        ('{"kind": "journal/v2"}\n', "of another release"),
+        ('{"kind": 5}\n', "of another release"),
+        ("HEADER\n\n", "cannot be read"),
+        ("HEADER\n5\n", "cannot be read"),
+        ('HEADER\n{"seq": 1}\n', "cannot be read"),
+        ('HEADER\n{"seq": 1, "t": "x", "event": "danced"}\n', "unknown event 'danced'"),
+        ('HEADER\n{"seq": 1, "t": "x", "event": "done", "stage": "netns"}\n', "cannot be read"),
+        ('HEADER\n{"seq": 1, "t"\n{"seq": 2, "t": "x", "event": "attempt", "attempt": 2}\n', "cannot be"),
+        ("HEADER\n\udcff\n", "cannot be read"),
+        ("SPEC\n", "cannot be read"),
+    ],
+)
+def test_what_is_no_journal_is_an_error_that_names_it(known, sandboxes, content, words):
+    """It is shown by the audit; nothing is claimed about the sandbox, and the others go on."""
+    header = text(known).strip()
+    broken = header.replace('"args":["true"]', '"args":[]')
+    content = content.replace("HEADER", header).replace("SPEC", broken)
+    (known.folder / FILE).write_bytes(content.encode(errors="surrogateescape"))
+    good = journal.create(sandboxes, "sb-" + "0" * 16, attempt=1, batch="b", spec=SPEC)
+    with pytest.raises(JournalError, match=words):
+        again(known)
+    journals, errors = journal.read_all(sandboxes)
+    assert [one.container_id for one in journals] == [good.container_id]
+    assert [str(known.folder) in error.what for error in errors] == [True]
+
+
+def test_a_journal_in_a_folder_of_another_name_is_refused(known, sandboxes):
+    """A copy that somebody made: its undo would act on the sandbox that it was copied from."""
+    known.folder.rename(sandboxes / "sb-ffffffffffffffff")
+    with pytest.raises(JournalError, match="its folder has another name"):
+        journal.read(sandboxes / "sb-ffffffffffffffff")
+
+
+def test_read_all_passes_over_what_has_no_id_for_a_name(known, sandboxes):
+    (sandboxes / "lost+found").mkdir()
+    (sandboxes / "sb-notes.txt").touch()
+    assert [one.container_id for one in journal.read_all(sandboxes)[0]] == [ID]
+    assert journal.read_all(sandboxes)[1] == []
+    assert journal.read_all(sandboxes / "none") == ([], [])
+
+
+def test_a_sandbox_that_is_not_here_is_said_to_be_unknown(sandboxes):
+    with pytest.raises(JournalError, match="not known on this host"), journal.locked(sandboxes, ID):
+        pass
+
+
+def test_the_lock_keeps_twins_apart(known, sandboxes):
+    """Redis may deliver a message twice: both copies run at once, in two processes."""
+    code = (
+        "import sys; from pathlib import Path; from worker import journal\n"
+        "with journal.locked(Path(sys.argv[1]), sys.argv[2]): print('mine', flush=True); sys.stdin.read()"
+    )
+    argv = [sys.executable, "-c", code, str(sandboxes), ID]
+    twin = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with twin:
+        assert twin.stdout.readline() == b"mine\n"
+        with pytest.raises(Busy, match="another task works on it"), journal.locked(sandboxes, ID):
+            pass
+        with ThreadPoolExecutor() as pool:
+            waiting = pool.submit(lambda: journal.locked(sandboxes, ID, wait_s=30).__enter__().seq)
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.2)
+            twin.kill()  # the kernel drops the lock of a process that is killed
+            assert waiting.result(timeout=30) == 0
+
+
+def test_busy_after_the_wait(known, sandboxes):
+    with (
+        journal.locked(sandboxes, ID),
+        pytest.raises(Busy),
+        journal.locked(sandboxes, ID, wait_s=0.05),
+    ):
+        pass
+
+
+def test_the_lock_is_free_after_an_error(known, sandboxes):
+    with pytest.raises(RuntimeError), journal.locked(sandboxes, ID):
+        raise RuntimeError
+    with journal.locked(sandboxes, ID) as mine:
+        assert mine == known
+
+
+def test_who_waited_for_the_lock_of_a_sandbox_that_ends_finds_it_gone(known, sandboxes):
+    """The folder that it has locked is no longer there."""
+    with ThreadPoolExecutor() as pool:
+        with journal.locked(sandboxes, ID) as mine:
+            waiting = pool.submit(journal.locked(sandboxes, ID, wait_s=30).__enter__)
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.1)
+            mine.remove()
+        with pytest.raises(JournalError, match="has no journal"):
+            waiting.result(timeout=30)
+
+
+def test_remove_leaves_nothing(known, sandboxes):
+    """Not the log, not the temporary file of a process that was killed while it began the journal."""
+    known.log_path.touch()
+    (known.folder / f".{FILE}.123").touch()
+    known.remove()
+    assert os.listdir(sandboxes) == []
+
+
+def test_bundle_and_log_lie_in_the_sandboxs_folder(known, sandboxes):
+    assert known.bundle == sandboxes / ID / "bundle"
+    assert known.log_path.parent == sandboxes / ID

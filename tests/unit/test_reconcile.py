@@ -1,0 +1,362 @@
+"""What a worker finds when it starts, and later: journals on disk decide what is due."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+
+from worker import journal as journals
+from worker import reconcile
+from worker.journal import FILE, Journal
+from worker.reconcile import Due, Later
+from worker.settings import Settings
+from worker.spec import make_spec
+
+NAMES = ["netns", "network", "bundle", "container", "ready"]
+
+
+@pytest.fixture
+def settings(tmp_path) -> Settings:
+    settings = Settings(state_dir=tmp_path / "state", run_dir=tmp_path / "run")
+    settings.exit_dir.mkdir(parents=True)
+    return settings
+
+
+def made(settings: Settings, number: int, *done: str, begun: str = "") -> Journal:
+    """A journal with these stages done, and one more begun."""
+    known = journals.create(
+        settings.sandboxes_dir, f"sb-{number:016x}", attempt=1, batch="b", spec=make_spec(args=["true"])
+    )
+    for name in done:
+        known.mark_begun(name)
+        known.mark_done(name, {})
+    if begun:
+        known.mark_begun(begun)
+    return known
+
+
+@contextmanager
+def sandbox_process(settings: Settings, container_id: str) -> Iterator[None]:
+    """A live process with the command line of a sandbox."""
+    argv = [sys.executable, "-c", "input()", f"--root={settings.runsc_root}", "boot", container_id]
+    process = subprocess.Popen(argv, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    with process:
+        yield
+        process.stdin.close()
+
+
+def ids(due: Due) -> dict[str, list[int]]:
+    """The numbers of the sandboxes by what is due; empty lists left out."""
+    found = {name: [int(one.container_id[3:], 16) for one in known] for name, known in vars(due).items()}
+    return {name: numbers for name, numbers in found.items() if numbers}
+
+
+def again(known: Journal) -> Journal:
+    return journals.read(known.folder)
+
+
+# -- when a worker starts ------------------------------------------------------------------------
+
+
+def test_a_host_without_sandboxes_has_nothing_due(settings):
+    assert ids(reconcile.at_start(settings)) == {}
+
+
+@pytest.mark.parametrize("begun", ["", *NAMES[:4]])
+def test_a_launch_under_way_begins_anew_with_the_next_attempt(settings, begun):
+    """Half of a stage is unknown, and the messages of the dead worker must act on nothing."""
+    done = NAMES[: NAMES.index(begun)] if begun else []
+    known = made(settings, 1, *done, begun=begun)
+    due = reconcile.at_start(settings)
+    assert ids(due) == {"relaunch": [1]}
+    assert due.relaunch[0].attempt == again(known).attempt == 2
+    assert again(known).is_stale is bool(begun)
+    assert not again(known).is_unwinding
+
+
+def test_a_stage_that_failed_begins_anew_unless_its_end_was_noted(settings):
+    """Its errback was lost with the worker; a new attempt costs less than a failed sandbox."""
+    known = made(settings, 1, "netns", begun="network")
+    known.mark_failed("network", "no")
+    assert ids(reconcile.at_start(settings)) == {"relaunch": [1]}
+
+
+def test_a_launch_that_takes_every_worker_with_it_is_given_up(settings):
+    known = made(settings, 1, "netns", begun="network")
+    for attempt in range(2, reconcile.MAX_ATTEMPTS + 1):
+        assert ids(reconcile.at_start(settings)) == {"relaunch": [1]}
+        assert again(known).attempt == attempt
+        again(known).mark_begun("network")
+    assert ids(reconcile.at_start(settings)) == {"unwind": [1]}
+    facts = again(known).facts
+    assert facts["wanted"] == "failed"
+    assert facts["error"]["stage"] == "network"
+    assert f"{reconcile.MAX_ATTEMPTS} attempts" in facts["error"]["message"]
+    assert again(known).attempt == reconcile.MAX_ATTEMPTS
+
+
+@pytest.mark.parametrize("done", [0, 2, 5])
+def test_after_a_reboot_everything_is_undone(settings, monkeypatch, done):
+    """The netns is gone with the kernel; leases and rules of the network are files, and need a DEL."""
+    known = made(settings, 1, *NAMES[:done])
+    monkeypatch.setattr(reconcile, "boot_id", lambda: "another")
+    assert ids(reconcile.at_start(settings)) == {"unwind": [1]}
+    facts = again(known).facts
+    assert facts["wanted"] == "failed"
+    assert facts["error"] == {"stage": NAMES[done - 1] if done else "place", "message": "host rebooted"}
+
+
+def test_what_was_to_end_before_a_reboot_still_ends_as_it_was_to(settings, monkeypatch):
+    known = made(settings, 1, "netns")
+    known.set_facts(wanted="exited")
+    monkeypatch.setattr(reconcile, "boot_id", lambda: "another")
+    assert ids(reconcile.at_start(settings)) == {"unwind": [1]}
+    assert again(known).facts == {"wanted": "exited"}
+
+
+def test_an_undo_under_way_goes_on(settings):
+    known = made(settings, 1, *NAMES)
+    known.set_facts(wanted="exited")
+    known.mark_undo_begun("container")
+    assert ids(reconcile.at_start(settings)) == {"unwind": [1]}
+    assert again(known).attempt == 1
+
+
+def test_an_end_that_nobody_was_told_of_is_reported(settings):
+    known = made(settings, 1)
+    known.set_facts(wanted="failed", final="failed")
+    assert ids(reconcile.at_start(settings)) == {"report": [1]}
+
+
+def test_a_sandbox_that_runs_goes_on(settings):
+    known = made(settings, 1, *NAMES)
+    before = (known.folder / FILE).read_bytes()
+    with sandbox_process(settings, known.container_id):
+        assert ids(reconcile.at_start(settings)) == {"report": [1]}
+    assert (known.folder / FILE).read_bytes() == before
+
+
+@pytest.mark.parametrize("begun", ["", "ready"])
+def test_a_sandbox_that_has_not_answered_is_waited_for_again(settings, begun):
+    """The prober died with the worker; the deadline counts from the first wait."""
+    known = made(settings, 1, *NAMES[:4], begun=begun)
+    with sandbox_process(settings, known.container_id):
+        assert ids(reconcile.at_start(settings)) == {"wait": [1]}
+    assert again(known).attempt == 1
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_sandbox_that_ended_while_no_worker_looked_is_exited(settings, code):
+    """conmon has kept its exit code."""
+    known = made(settings, 1, *NAMES)
+    (settings.exit_dir / known.container_id).write_text(str(code))
+    assert ids(reconcile.at_start(settings)) == {"unwind": [1]}
+    assert again(known).facts == {"wanted": "exited"}
+
+
+def test_a_sandbox_that_was_killed_from_outside_is_failed(settings):
+    """No process and no exit code: conmon was killed, too."""
+    known = made(settings, 1, *NAMES)
+    assert ids(reconcile.at_start(settings)) == {"unwind": [1]}
+    facts = again(known).facts
+    assert facts["wanted"] == "failed"
+    assert facts["error"] == {"stage": "container", "message": "the sandbox was killed from outside"}
+
+
+@pytest.mark.parametrize("code", [None, 3])
+def test_a_sandbox_that_ended_before_it_answered_is_failed(settings, code):
+    known = made(settings, 1, *NAMES[:4], begun="ready")
+    if code is not None:
+        (settings.exit_dir / known.container_id).write_text(str(code))
+    assert ids(reconcile.at_start(settings)) == {"unwind": [1]}
+    error = again(known).facts["error"]
+    assert error["stage"] == "ready"
+    assert ("exit code 3" if code else "killed from outside") in error["message"]
+
+
+def test_another_sandboxs_process_keeps_none_alive(settings):
+    known = made(settings, 1, *NAMES)
+    with sandbox_process(settings, "sb-" + "f" * 16):
+        assert ids(reconcile.at_start(settings)) == {"unwind": [1]}
+    assert again(known).facts["wanted"] == "failed"
+
+
+def test_one_that_cannot_be_read_holds_up_no_other(settings):
+    (made(settings, 1).folder / FILE).write_text("torn")
+    made(settings, 2)
+    assert ids(reconcile.at_start(settings)) == {"relaunch": [2]}
+
+
+def test_one_that_somebody_works_on_is_left_to_a_later_look(settings, monkeypatch):
+    """A child of the dead worker that has not died yet."""
+    monkeypatch.setattr(reconcile, "TWIN_WAIT_S", 0.05)
+    known = made(settings, 1)
+    made(settings, 2)
+    with journals.locked(settings.sandboxes_dir, known.container_id):
+        assert ids(reconcile.at_start(settings)) == {"relaunch": [2]}
+    assert again(known).attempt == 1
+
+
+def test_a_twin_that_dies_in_time_is_waited_for(settings, monkeypatch):
+    monkeypatch.setattr(reconcile, "TWIN_WAIT_S", 30)
+    known = made(settings, 1)
+    with ThreadPoolExecutor() as pool:
+        with journals.locked(settings.sandboxes_dir, known.container_id):
+            looking = pool.submit(reconcile.at_start, settings)
+            with pytest.raises(TimeoutError):
+                looking.result(timeout=0.1)
+        assert ids(looking.result(timeout=30)) == {"relaunch": [1]}
+
+
+# -- while it works ------------------------------------------------------------------------------
+
+
+def written(known: Journal, ago_s: float) -> None:
+    """Make the journal's last event so old."""
+    at = time.time() - ago_s
+    os.utime(known.folder / FILE, (at, at))
+
+
+@pytest.fixture
+def later(settings) -> Later:
+    return Later(settings)
+
+
+def test_what_was_just_written_is_left_to_its_writer(settings, later):
+    made(settings, 1).set_facts(final="failed")
+    made(settings, 2, *NAMES)
+    assert ids(later.look()) == {}
+
+
+def test_what_its_writer_did_not_report_is_reported(settings, later):
+    """The broker was away, or the process died after its last event."""
+    known = made(settings, 1)
+    known.set_facts(wanted="failed", final="failed")
+    written(known, 3)
+    written(made(settings, 2, *NAMES), 3)
+    written(made(settings, 3, *NAMES[:4]), 3)
+    assert ids(later.look()) == {"report": [1, 2], "wait": [3]}
+
+
+def test_a_settled_sandbox_is_not_read_again_until_it_is_written(settings, later, monkeypatch):
+    """A host with a thousand quiet sandboxes pays for a thousand `stat`s."""
+    known = made(settings, 1, *NAMES)
+    written(known, 100)
+    assert ids(later.look()) == {"report": [1]}
+    later.settle(known.container_id)
+    reads, read = [], journals.read
+    monkeypatch.setattr(journals, "read", lambda folder: reads.append(folder) or read(folder))
+    assert ids(later.look()) == {}
+    assert reads == []
+    known.set_facts(wanted="exited", final="exited")
+    written(known, 50)
+    assert ids(later.look()) == {"report": [1]}
+    assert reads == [known.folder]
+
+
+def test_what_was_not_settled_is_due_again(settings, later):
+    """The report did not arrive."""
+    written(made(settings, 1, *NAMES), 100)
+    assert ids(later.look()) == ids(later.look()) == {"report": [1]}
+
+
+def test_an_event_between_look_and_report_is_not_settled(settings, later):
+    """The report was of the view before it."""
+    known = made(settings, 1, *NAMES)
+    written(known, 100)
+    later.look()
+    known.set_facts(running_at="now")
+    later.settle(known.container_id)
+    written(known, 50)
+    assert ids(later.look()) == {"report": [1]}
+
+
+def test_after_the_broker_lost_its_data_everything_is_reported_again(settings, later):
+    known = made(settings, 1, *NAMES)
+    written(known, 100)
+    later.look()
+    later.settle(known.container_id)
+    later.forget_reports()
+    assert ids(later.look()) == {"report": [1]}
+
+
+def test_settling_a_sandbox_that_the_last_look_did_not_see_settles_nothing(settings, later):
+    known = made(settings, 1, *NAMES)
+    written(known, 100)
+    later.settle(known.container_id)
+    assert ids(later.look()) == {"report": [1]}
+
+
+def test_an_undo_that_stands_still_goes_on(settings, later):
+    """Its message was lost, or its process."""
+    known = made(settings, 1, "netns")
+    known.set_facts(wanted="failed")
+    written(known, reconcile.QUIET_S - 2)
+    assert ids(later.look()) == {}
+    written(known, reconcile.QUIET_S + 1)
+    assert ids(later.look()) == {"unwind": [1]}
+
+
+@pytest.mark.parametrize(("failures", "wait_s"), [(1, 20), (2, 40), (5, 320), (6, 600), (300, 600)])
+def test_an_undo_that_keeps_failing_is_tried_ever_more_rarely_but_for_ever(settings, later, failures, wait_s):
+    known = made(settings, 1, "netns")
+    known.set_facts(wanted="failed")
+    for _ in range(failures):
+        known.mark_undo_begun("netns")
+        known.mark_undo_failed("netns", "busy")
+    written(known, wait_s - 2)
+    assert ids(later.look()) == {}
+    written(known, wait_s + 2)
+    assert ids(later.look()) == {"unwind": [1]}
+
+
+def test_a_launch_whose_message_was_lost_begins_anew(settings, later):
+    known = made(settings, 1, "netns", begun="network")
+    written(known, reconcile.LAUNCH_QUIET_S - 5)
+    assert ids(later.look()) == {}
+    written(known, reconcile.LAUNCH_QUIET_S + 5)
+    due = later.look()
+    assert ids(due) == {"relaunch": [1]}
+    assert due.relaunch[0].attempt == again(known).attempt == 2
+    assert ids(later.look()) == {}  # it has just been written
+
+
+def test_a_launch_is_given_up_later_as_at_the_start(settings, later):
+    known = made(settings, 1, begun="netns")
+    known.new_attempt(reconcile.MAX_ATTEMPTS)
+    written(known, reconcile.LAUNCH_QUIET_S + 5)
+    assert ids(later.look()) == {"unwind": [1]}
+    assert again(known).facts["wanted"] == "failed"
+
+
+def test_a_launch_that_somebody_works_on_is_left_alone(settings, later):
+    """A stage may be longer than we think; its lock says that it lives."""
+    known = made(settings, 1, begun="netns")
+    written(known, reconcile.LAUNCH_QUIET_S + 5)
+    with journals.locked(settings.sandboxes_dir, known.container_id):
+        assert ids(later.look()) == {}
+    assert ids(later.look()) == {"relaunch": [1]}
+
+
+def test_what_cannot_be_read_or_has_ended_holds_up_no_other(settings, later):
+    torn = made(settings, 1)
+    (torn.folder / FILE).write_text("torn")
+    written(torn, 100)
+    made(settings, 2).remove()
+    written(made(settings, 3, *NAMES), 100)
+    (settings.sandboxes_dir / "sb-0000000000000004").mkdir()
+    assert ids(later.look()) == {"report": [3]}
+
+
+def test_a_wait_that_was_handed_over_stays_due(settings, later):
+    """The prober tells by a message, which may be lost: whoever asks again costs it nothing."""
+    known = made(settings, 1, *NAMES[:4], begun="ready")
+    written(known, 100)
+    assert ids(later.look()) == {"wait": [1]}
+    later.settle(known.container_id)  # its report has arrived
+    assert ids(later.look()) == {"wait": [1]}
