@@ -1,6 +1,7 @@
 """A whole sandbatch for a test: broker and worker by `sandbatch up`, in folders of the test's own."""
 
 import atexit
+import contextlib
 import json
 import os
 import shutil
@@ -12,6 +13,11 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import redis
+
+from tasks.record import Record, connect
+from worker.settings import Settings
 
 START_S = 40.0
 _PROBE = Path(tempfile.mkdtemp(prefix="sandbatch-tests-")) / "runsc-probe.json"
@@ -79,7 +85,11 @@ class System:
 
     @property
     def environment(self) -> dict[str, str]:
-        ours = {name: value for name, value in os.environ.items() if not name.startswith("SANDBATCH_")}
+        ours = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith("SANDBATCH_") or name == "SANDBATCH_RUNSC"  # to try another one
+        }
         return {
             **ours,
             "SANDBATCH_STATE_DIR": str(self.folder / "state"),
@@ -141,8 +151,11 @@ class System:
         assert self.process is not None
         if self.process.poll() is not None:
             raise AssertionError(f"sandbatch up ended:\n{self.log()}")
-        done = self.cli("hosts", "--json", check=False)
-        return done.returncode == 0 and bool(json.loads(done.stdout))
+        with contextlib.closing(connect(Settings(run_dir=self.run_dir))) as client:
+            try:
+                return bool(Record(client).live_hosts())
+            except redis.RedisError:
+                return False
 
     def stop(self) -> None:
         if self.process is not None and self.process.poll() is None:
