@@ -24,7 +24,8 @@ CONNECT_TIMEOUT_S = 2.0  # for a SYN without an answer; a closed port answers at
 EXIT_LOOK_S = 0.25
 SHOWN_LINES = 5
 
-Outcome = Callable[[str, int, str, str], None]  # container id, attempt, "answered"|"deadline"|"ended", detail
+# Container id, attempt, "answered" | "deadline" | "ended" | "failed", detail.
+Outcome = Callable[[str, int, str, str], None]
 
 
 def socket_path(settings: Settings) -> Path:
@@ -104,7 +105,10 @@ class Prober:
         finally:
             probe.cancel()
             ended.cancel()
-        if probe in done:
+        error = probe.exception() if probe in done else None
+        if error is not None:  # whatever it is, somebody waits for an outcome
+            outcome, detail = "failed", f"it cannot be probed: {error}"
+        elif probe in done:
             outcome, detail = "answered", probe.result()
         elif ended in done:
             outcome, detail = "ended", f"it ended with exit code {ended.result()} before it was ready"
@@ -128,13 +132,15 @@ async def until_ready(known: Journal) -> str:
     match = READY.fullmatch(known.spec.ready)
     if match is None or known.spec.ready == "none":
         return "no probe asked for"
+    if not known.data["network"]["ips"]:
+        raise ValueError(f"network {known.spec.network} gave it no address")
     address, delay_s = known.data["network"]["ips"][0], FIRST_DELAY_S
     while True:
         try:
             if match["http"]:
                 return await _http(address, int(match["http"]), match["path"])
             return await _tcp(address, int(match["tcp"]))
-        except (OSError, TimeoutError, asyncio.IncompleteReadError, ValueError):
+        except (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, ValueError):
             await asyncio.sleep(delay_s)  # nothing tells us when a remote port opens
             delay_s = min(LAST_DELAY_S, delay_s * 1.3)
 
@@ -153,7 +159,7 @@ async def _http(address: str, port: int, path: str) -> str:
         writer.write(f"GET {path} HTTP/1.0\r\nHost: {host}:{port}\r\nUser-Agent: sandbatch\r\n\r\n".encode())
         status_line = await reader.readuntil(b"\r\n")  # bounded by the deadline of the whole wait
         status = int(status_line.split()[1])
-        if not 200 <= status < 400:
+        if not status_line.startswith(b"HTTP/") or not 200 <= status < 400:
             raise ValueError(status)
         return f"HTTP {status}"
     except IndexError:

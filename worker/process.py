@@ -1,6 +1,7 @@
 """Run one program of the host: argv list, deadline, bounded output, and no orphan when we are killed."""
 
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -45,6 +46,10 @@ def run(
     name = Path(argv[0]).name
     point = point or name
     words = faults.program(point, [str(word) for word in argv])
+    if (
+        shutil.which(words[0], path=env.get("PATH") if env else None) is None
+    ):  # setpriv has only a status for it
+        raise SandbatchError(name, "cannot be started (no such program)", "run sandbatch doctor")
     try:
         process = subprocess.Popen(
             ["setpriv", "--pdeathsig", "KILL", *words],
@@ -58,7 +63,8 @@ def run(
             errors="replace",
         )
     except OSError as error:
-        raise SandbatchError(name, f"cannot be started ({error.strerror})", "run sandbatch doctor") from error
+        why = f"cannot be started ({error.filename or 'fork'}: {error.strerror})"
+        raise SandbatchError(name, why, "run sandbatch doctor") from error
     try:
         stdout, stderr = process.communicate(stdin, timeout=timeout_s)
     except subprocess.TimeoutExpired:

@@ -43,11 +43,12 @@ def made(settings: Settings, number: int, *done: str, begun: str = "") -> Journa
 @contextmanager
 def sandbox_process(settings: Settings, container_id: str) -> Iterator[None]:
     """A live process with the command line of a sandbox."""
-    argv = [sys.executable, "-c", "input()", f"--root={settings.runsc_root}", "boot", container_id]
-    process = subprocess.Popen(argv, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    with process:
+    code = "print(flush=True); input()"
+    argv = [sys.executable, "-c", code, f"--root={settings.runsc_root}", "boot", container_id]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()  # from now on it has its command line
         yield
-        process.stdin.close()
+        process.communicate(b"\n")
 
 
 def ids(due: Due) -> dict[str, list[int]]:
@@ -351,12 +352,3 @@ def test_what_cannot_be_read_or_has_ended_holds_up_no_other(settings, later):
     written(made(settings, 3, *NAMES), 100)
     (settings.sandboxes_dir / "sb-0000000000000004").mkdir()
     assert ids(later.look()) == {"report": [3]}
-
-
-def test_a_wait_that_was_handed_over_stays_due(settings, later):
-    """The prober tells by a message, which may be lost: whoever asks again costs it nothing."""
-    known = made(settings, 1, *NAMES[:4], begun="ready")
-    written(known, 100)
-    assert ids(later.look()) == {"wait": [1]}
-    later.settle(known.container_id)  # its report has arrived
-    assert ids(later.look()) == {"wait": [1]}
