@@ -68,7 +68,12 @@ class NotReady(SandbatchError):
 
 
 class JournalError(SandbatchError):
-    """A journal cannot be read: torn, empty, foreign, or of another release."""
+    """A journal cannot be read. `kind`: torn, empty, foreign, release-KIND; "" where there is none."""
+
+    def __init__(self, what: str, why: str, todo: str = "", kind: str = "") -> None:
+        super().__init__(what, why, todo)
+        self.kind = kind
+        self.args = (what, why, todo, kind)  # all: Celery rebuilds it from args
 
 
 class BrokerError(SandbatchError):

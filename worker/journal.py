@@ -5,12 +5,15 @@ synced to disk before the act; an outcome is only written, since it survives our
 cache, and after a power cut the intent alone makes reconcile undo the stage.
 """
 
+import errno
 import fcntl
 import json
 import os
+import re
+import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +25,9 @@ from worker.spec import CONTAINER_ID, Spec
 
 VERSION = "journal/v1"
 FILE = "journal.jsonl"
+SET_ASIDE = re.compile(r"^journal\.jsonl\.(?P<kind>empty|torn|foreign|release-[\w.]+)-\d{8}T\d{6}$")
+NO_FOLDER = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+CREATE_WAIT_S = 5.0  # without a journal the lock is held by a twin of `create`, or by audit --mend
 
 
 def now() -> str:
@@ -58,6 +64,7 @@ class Journal:
     attempt: int
     batch: str
     boot: str
+    created_at: str
     spec: Spec
     seq: int = 0
     runs: list[StageRun] = field(default_factory=list)
@@ -180,7 +187,8 @@ class Journal:
             self.attempt = event["attempt"]
             self._stale = set(self._begun)
         else:
-            raise JournalError(str(self.folder), f"unknown event {kind!r}", "another release wrote it")
+            why, todo = f"unknown event {kind!r}", "another release wrote it"
+            raise JournalError(str(self.folder / FILE), why, todo, _release(VERSION))
 
     def _end(self, stage: str, verb: str, state: str, at: str, error: str | None = None) -> None:
         for run in reversed(self.runs):
@@ -191,66 +199,179 @@ class Journal:
 
 
 def create(sandboxes_dir: Path, container_id: str, *, attempt: int, batch: str, spec: Spec) -> Journal:
-    """Begin the journal of a new sandbox; the one that is there if there is one already."""
+    """Begin the journal of a new sandbox; the one that is there if there is one already.
+
+    Raises:
+        Busy: Somebody removes what an earlier sandbox of this id has left.
+        JournalError: The one that is there cannot be read, or was set aside.
+    """
     folder = sandboxes_dir / container_id
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path = folder / FILE
-    if not path.exists():
-        header = {
-            "kind": VERSION,
-            "id": container_id,
-            "attempt": attempt,
-            "batch": batch,
-            "boot_id": boot_id(),
-            "t": now(),
-            "spec": spec.model_dump(),
-        }
-        temporary = folder / f".{FILE}.{os.getpid()}"
+    header = {
+        "kind": VERSION,
+        "id": container_id,
+        "attempt": attempt,
+        "batch": batch,
+        "boot_id": boot_id(),
+        "t": now(),
+        "spec": spec.model_dump(),
+    }
+    while not (folder / FILE).exists():
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            # Under the lock, so that nobody takes the folder for an orphan's in between.
+            with held(sandboxes_dir, container_id, wait_s=CREATE_WAIT_S):
+                if not (folder / FILE).exists():
+                    _begin(folder, header)
+        except FileNotFoundError:
+            continue  # it was an orphan's, and is gone now
+    return read(folder)
+
+
+def _begin(folder: Path, header: dict[str, Any]) -> None:
+    for old in set_aside_files(folder):
+        raise JournalError(
+            str(folder), f"its journal was set aside as {old.name}", "run sandbatch audit --mend"
+        )
+    temporary = folder / f".{FILE}.{os.getpid()}"
+    try:
         with temporary.open("w") as out:
             out.write(json.dumps(header, separators=(",", ":")) + "\n")
             out.flush()
             os.fsync(out.fileno())
-        temporary.rename(path)
+        temporary.rename(folder / FILE)
         _sync_folder(folder)
-    return read(folder)
+    except OSError:  # a full disk: no launch is begun that could not be journaled, and no folder stays
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+            folder.rmdir()
+        raise
 
 
-def read(folder: Path) -> Journal:
+def read(folder: Path, *, cut: bool = False) -> Journal:
     """Read a journal. A torn last line (we died while writing it) is as if it had not been written.
 
+    Args:
+        cut: Take the torn line away, so that no later event is glued to it. Only under the lock:
+            without it, what looks torn may be a line that is being written.
     Raises:
-        JournalError: Empty, torn elsewhere, foreign, or of another release.
+        JournalError: Empty, torn elsewhere, foreign, or of another release, as its `kind` says; or
+            there is none, or the disk refuses: then `kind` is empty.
     """
     path = folder / FILE
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        raise JournalError(
-            str(folder), "has no journal", "sandbatch audit shows what it may belong to"
-        ) from None
+    raw = _bytes(path)
     lines = raw.split(b"\n")
     torn = lines.pop()  # what stands behind the last newline; empty when all is well
+    head = _head(path, raw, lines)
     try:
-        head = json.loads(lines[0])
-        if head["kind"] != VERSION:
-            raise JournalError(
-                str(path), f"is of another release ({head['kind']!r})", f"this one reads {VERSION}"
-            )
         journal = Journal(
-            folder, head["id"], head["attempt"], head["batch"], head["boot_id"], Spec(**head["spec"])
+            folder=folder,
+            container_id=head["id"],
+            attempt=head["attempt"],
+            batch=head["batch"],
+            boot=head["boot_id"],
+            created_at=head["t"],
+            spec=Spec(**head["spec"]),
         )
         if not CONTAINER_ID.fullmatch(journal.container_id) or journal.container_id != folder.name:
-            raise JournalError(str(path), f"is of {journal.container_id!r}", "its folder has another name")
+            why = f"is of {journal.container_id!r}"
+            raise JournalError(str(path), why, "its folder has another name", "foreign")
         for line in lines[1:]:
             journal._apply(json.loads(line))
-    except (IndexError, ValueError, KeyError, TypeError) as error:
-        raise JournalError(
-            str(path), f"cannot be read ({error})", "it is set aside; see sandbatch audit"
-        ) from None
-    if torn:  # later events must not be glued to it
+        if not isinstance(journal.attempt, int) or not isinstance(journal.seq, int):
+            raise ValueError("attempt and seq are numbers")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _broken(path, error, "torn") from None
+    if torn and cut:
         with path.open("r+b") as out:
             out.truncate(len(raw) - len(torn))
     return journal
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        # A link may lead anywhere, and a pipe would make us wait for ever.
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(handle, "rb") as file:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise _broken(path, "it is no file", "foreign")
+            return file.read()
+    except (FileNotFoundError, NotADirectoryError):
+        aside = [one.name for one in set_aside_files(path.parent)]
+        why = f"has no journal any more: it was set aside as {aside[0]}" if aside else "has no journal"
+        raise JournalError(str(path.parent), why, "sandbatch audit shows what it may belong to") from None
+    except OSError as error:
+        kind = "foreign" if path.is_symlink() or path.is_dir() else ""
+        raise _broken(path, error, kind) from None
+
+
+def _head(path: Path, raw: bytes, lines: list[bytes]) -> dict[str, Any]:
+    if not raw.strip():
+        raise _broken(path, "it is empty", "empty")
+    if not lines:
+        raise _broken(path, "its first line has no end", "torn")
+    try:
+        head = json.loads(lines[0])
+        kind = head["kind"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _broken(path, error, "torn" if f'"{VERSION}"'.encode() in lines[0] else "foreign") from None
+    if not isinstance(kind, str) or not kind.startswith("journal/"):
+        raise JournalError(str(path), f"is foreign (its kind is {kind!r})", "see sandbatch audit", "foreign")
+    if kind != VERSION:
+        why = f"is of another release ({kind!r})"
+        raise JournalError(str(path), why, f"this one reads {VERSION}", _release(kind))
+    return dict(head)
+
+
+def _broken(path: Path, why: object, kind: str) -> JournalError:
+    todo = "it is set aside when the worker starts; see sandbatch audit" if kind else "see the host's disk"
+    return JournalError(str(path), f"cannot be read ({why})", todo, kind)
+
+
+def _release(kind: str) -> str:
+    return "release-" + re.sub(r"[^\w.]", "_", kind, flags=re.ASCII)[:40]
+
+
+def set_aside(sandboxes_dir: Path, container_id: str, *, wait_s: float = 0.0) -> Path | None:
+    """Give a journal that cannot be read a name that says so; None if it can be, or there is none.
+
+    It stays in its folder, which holds its sandbox's name until `audit --mend` has undone it.
+
+    Raises:
+        Busy: Somebody works on the sandbox after all.
+    """
+    try:
+        with held(sandboxes_dir, container_id, wait_s=wait_s) as folder:
+            try:
+                read(folder)
+            except JournalError as error:
+                if not error.kind:
+                    return None
+                stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
+                name = folder / f"{FILE}.{error.kind}-{stamp}"
+                (folder / FILE).rename(name)
+                _sync_folder(folder)
+                return name
+    except FileNotFoundError:
+        pass  # gone since
+    return None
+
+
+def set_aside_files(folder: Path) -> list[Path]:
+    """The journals in a sandbox's folder that were set aside."""
+    try:
+        return sorted(folder / name for name in os.listdir(folder) if SET_ASIDE.match(name))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def is_unreadable(sandboxes_dir: Path, container_id: str) -> bool:
+    """A sandbox came here, and its journal cannot be read (any more): nothing is known of it."""
+    folder = sandboxes_dir / container_id
+    try:
+        read(folder)
+    except JournalError as error:
+        return bool(error.kind or set_aside_files(folder))
+    return False
 
 
 def read_all(sandboxes_dir: Path) -> tuple[list[Journal], list[JournalError]]:
@@ -278,18 +399,36 @@ def locked(sandboxes_dir: Path, container_id: str, *, wait_s: float = 0.0) -> It
         Busy: Another process holds it.
         JournalError: There is no such sandbox here (any more), or its journal cannot be read.
     """
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(held(sandboxes_dir, container_id, wait_s=wait_s))
+        except OSError as error:
+            if error.errno not in NO_FOLDER:
+                raise
+            raise JournalError(
+                container_id, "is not known on this host", "it has ended, or never came here"
+            ) from None
+        yield read(folder, cut=True)
+
+
+@contextmanager
+def held(sandboxes_dir: Path, container_id: str, *, wait_s: float = 0.0) -> Iterator[Path]:
+    """The sandbox's folder under its lock, whatever it holds.
+
+    Raises:
+        Busy: Another process holds it.
+        FileNotFoundError: There is no such folder (any more).
+    """
     folder = sandboxes_dir / container_id
-    try:
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise JournalError(
-            container_id, "is not known on this host", "it has ended, or never came here"
-        ) from None
-    try:
-        _lock(handle, container_id, wait_s)
-        yield read(folder)  # a folder removed while we waited has no journal: JournalError
-    finally:
-        os.close(handle)
+    while True:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            _lock(handle, container_id, wait_s)
+            if os.path.samestat(os.fstat(handle), os.lstat(folder)):  # else another one since we waited
+                yield folder
+                return
+        finally:
+            os.close(handle)
 
 
 def _lock(handle: int, container_id: str, wait_s: float) -> None:

@@ -1,7 +1,9 @@
 """What a worker finds when it starts, and every some seconds after: the journals decide what is due."""
 
+import logging
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from worker import conmon, journal
 from worker.errors import Busy, JournalError
@@ -10,6 +12,7 @@ from worker.launch import want_end
 from worker.procs import all_sandbox_processes
 from worker.settings import Settings
 
+log = logging.getLogger("sandbatch")
 LAUNCH_QUIET_S = 120.0  # longer than Celery's hard limit of a stage: its message, or its process, is lost
 QUIET_S = 10.0  # an undo that wrote nothing for so long has lost its messages, or failed
 SETTLED_S = 2.0  # what was written so long ago should have been reported by whoever wrote it
@@ -38,13 +41,25 @@ def at_start(settings: Settings) -> Due:
     alive = {
         proc.container_id for proc in all_sandbox_processes(settings.runsc_root) if proc.role == "sandbox"
     }
-    for found in journal.read_all(settings.sandboxes_dir)[0]:
+    journals, errors = journal.read_all(settings.sandboxes_dir)
+    for unreadable in errors:
+        _set_aside(settings, unreadable)
+    for found in journals:
         try:
             with journal.locked(settings.sandboxes_dir, found.container_id, wait_s=TWIN_WAIT_S) as known:
                 _sort(due, known, settings, boot, alive)
         except (Busy, JournalError):
             continue  # somebody still works on it, or it has just ended: a later look decides
     return due
+
+
+def _set_aside(settings: Settings, error: JournalError) -> None:
+    """A journal that cannot be read gets a name that says so; nothing is claimed about its sandbox."""
+    if error.kind:
+        try:
+            journal.set_aside(settings.sandboxes_dir, Path(error.what).parent.name, wait_s=TWIN_WAIT_S)
+        except (Busy, OSError) as why:
+            log.warning("%s; it cannot be set aside: %s", error, why)
 
 
 def _sort(due: Due, known: Journal, settings: Settings, boot: str, alive: set[str]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -149,7 +150,7 @@ def test_what_comes_after_a_torn_line_is_not_glued_to_it(known, sandboxes):
         ('{"kind": "journal/v1"', "cannot be read"),
         ('{"kind": "journal/v1"}\n', "cannot be read"),
         ('{"kind": "journal/v2"}\n', "of another release"),
-        ('{"kind": 5}\n', "of another release"),
+        ('{"kind": 5}\n', "is foreign"),
         ("HEADER\n\n", "cannot be read"),
         ("HEADER\n5\n", "cannot be read"),
         ('HEADER\n{"seq": 1}\n', "cannot be read"),
@@ -238,7 +239,7 @@ def test_who_waited_for_the_lock_of_a_sandbox_that_ends_finds_it_gone(known, san
             with pytest.raises(TimeoutError):
                 waiting.result(timeout=0.1)
             mine.remove()
-        with pytest.raises(JournalError, match="has no journal"):
+        with pytest.raises(JournalError, match="not known on this host"):
             waiting.result(timeout=30)
 
 
@@ -253,3 +254,126 @@ def test_remove_leaves_nothing(known, sandboxes):
 def test_bundle_and_log_lie_in_the_sandboxs_folder(known, sandboxes):
     assert known.bundle == sandboxes / ID / "bundle"
     assert known.log_path.parent == sandboxes / ID
+
+
+# -- journals that cannot be read ------------------------------------------------------------------
+
+HEADER = json.dumps(
+    {
+        "kind": "journal/v1",
+        "id": ID,
+        "attempt": 1,
+        "batch": "b",
+        "boot_id": "x",
+        "t": "t",
+        "spec": {"args": ["a"]},
+    },
+    separators=(",", ":"),
+)
+HEADER += "\n"
+UNREADABLE = [
+    ("", "empty"),
+    ("\n \n", "empty"),
+    ("hello\n", "foreign"),
+    ('{"apiVersion": 1}\n', "foreign"),
+    ('{"kind": "Pod"}\n', "foreign"),
+    ('["kind"]\n', "foreign"),
+    ("\0\0\0\0\n", "foreign"),
+    (HEADER.replace("sb-", "sc-"), "foreign"),
+    ('{"kind": "journal/v2"}\n', "release-journal_v2"),
+    ('{"kind": "journal/../../../etc/x y"}\n', "release-journal_.._.._.._etc_x_y"),
+    (HEADER + '{"seq": 1, "t": "x", "event": "danced"}\n', "release-journal_v1"),
+    (HEADER.strip(), "torn"),
+    (HEADER + '{"seq":\n{"seq": 2, "t": "x", "event": "attempt", "attempt": 2}\n', "torn"),
+    (HEADER + "\0\0\0\0\n", "torn"),
+    (HEADER + "[" * 100_000 + "\n", "torn"),
+    (HEADER + '{"seq": "x", "t": "x", "event": "undone", "stage": "netns"}\n', "torn"),
+    (HEADER + '{"seq": 1, "t": 5, "event": "facts", "facts": null}\n', "torn"),
+    (HEADER.replace('"b"', '"b'), "torn"),
+]
+
+
+@pytest.mark.parametrize(("content", "kind"), UNREADABLE)
+def test_a_journal_that_cannot_be_read_is_set_aside_under_a_name_that_says_why(
+    known, sandboxes, content, kind
+):
+    """An operator sees at a glance what it is; its bytes are kept as they are."""
+    (known.folder / FILE).write_text(content)
+    assert journal.is_unreadable(sandboxes, ID)
+
+    aside = journal.set_aside(sandboxes, ID)
+
+    assert aside is not None
+    assert re.fullmatch(rf"journal\.jsonl\.{re.escape(kind)}-\d{{8}}T\d{{6}}", aside.name)
+    assert aside.read_text() == content
+    assert os.listdir(known.folder) == [aside.name]
+    assert journal.set_aside_files(known.folder) == [aside]
+    assert journal.is_unreadable(sandboxes, ID)
+    assert journal.set_aside(sandboxes, ID) is None
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: os.symlink("/etc/passwd", path)])
+def test_what_is_no_file_is_no_journal_and_is_not_opened(known, sandboxes, make):
+    """A pipe would make the worker wait for ever, and a link may lead anywhere."""
+    (known.folder / FILE).unlink()
+    make(known.folder / FILE)
+    aside = journal.set_aside(sandboxes, ID)
+    assert aside is not None
+    assert ".foreign-" in aside.name
+
+
+def test_a_journal_that_can_be_read_is_not_set_aside(known, sandboxes):
+    assert journal.set_aside(sandboxes, ID) is None
+    assert not journal.is_unreadable(sandboxes, ID)
+    assert journal.set_aside(sandboxes, "sb-" + "0" * 16) is None
+    assert not journal.is_unreadable(sandboxes, "sb-" + "0" * 16)
+
+
+def test_no_new_journal_takes_the_place_of_one_that_was_set_aside(known, sandboxes):
+    """The sandbox may still hold something that only its old journal speaks of."""
+    (known.folder / FILE).write_text("")
+    journal.set_aside(sandboxes, ID)
+    with pytest.raises(JournalError, match=r"set aside as journal.jsonl.empty-.*audit --mend"):
+        journal.create(sandboxes, ID, attempt=2, batch="b", spec=SPEC)
+    with (
+        pytest.raises(JournalError, match="has no journal any more: it was set aside"),
+        journal.locked(sandboxes, ID),
+    ):
+        pass
+
+
+def test_a_look_without_the_lock_does_not_cut_a_line_that_is_being_written(known, sandboxes):
+    """A long line may be seen by halves: to cut it would lose an event that its writer has noted."""
+    with (known.folder / FILE).open("a") as out:
+        out.write('{"seq": 1, "event": "beg')
+    before = text(known)
+    journal.read_all(sandboxes)
+    assert text(known) == before
+
+
+def test_a_file_or_a_link_with_the_name_of_a_sandbox_holds_up_no_other(known, sandboxes, tmp_path):
+    (sandboxes / "sb-0000000000000001").write_text("")
+    (sandboxes / "sb-0000000000000002").symlink_to(tmp_path)
+    journals, errors = journal.read_all(sandboxes)
+    assert [one.container_id for one in journals] == [ID]
+    assert [error.kind for error in errors] == ["", ""]
+    for name in ("sb-0000000000000001", "sb-0000000000000002"):
+        with pytest.raises(JournalError, match="not known on this host"), journal.locked(sandboxes, name):
+            pass
+
+
+def test_an_error_under_the_lock_stays_what_it_is(known, sandboxes):
+    with pytest.raises(FileNotFoundError), journal.locked(sandboxes, ID):
+        raise FileNotFoundError
+
+
+def test_who_waited_for_a_folder_that_was_made_anew_locks_the_new_one(known, sandboxes):
+    """Else two of them would work on one sandbox, each with the lock of another folder."""
+    with ThreadPoolExecutor() as pool:
+        with journal.held(sandboxes, ID) as folder:
+            waiting = pool.submit(journal.locked(sandboxes, ID, wait_s=30).__enter__)
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.1)
+            folder.rename(sandboxes / "old")
+            journal.create(sandboxes, ID, attempt=7, batch="b", spec=SPEC)
+        assert waiting.result(timeout=30).attempt == 7

@@ -352,3 +352,28 @@ def test_what_cannot_be_read_or_has_ended_holds_up_no_other(settings, later):
     written(made(settings, 3, *NAMES), 100)
     (settings.sandboxes_dir / "sb-0000000000000004").mkdir()
     assert ids(later.look()) == {"report": [3]}
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [("", "empty"), ("hello\n", "foreign"), ('{"kind":"journal/v9"}\n', "release-journal_v9")],
+)
+def test_at_the_start_a_journal_that_cannot_be_read_is_set_aside(settings, content, kind):
+    """Under a name that says so; the others go on."""
+    bad = made(settings, 1)
+    (bad.folder / FILE).write_text(content)
+    made(settings, 2)
+    assert ids(reconcile.at_start(settings)) == {"relaunch": [2]}
+    (aside,) = os.listdir(bad.folder)
+    assert aside.startswith(f"{FILE}.{kind}-")
+    assert ids(reconcile.at_start(settings)) == {"relaunch": [2]}
+    assert os.listdir(bad.folder) == [aside]
+
+
+def test_one_that_somebody_works_on_is_not_set_aside_at_the_start(settings, monkeypatch):
+    monkeypatch.setattr(reconcile, "TWIN_WAIT_S", 0.05)
+    bad = made(settings, 1)
+    (bad.folder / FILE).write_text("")
+    with journals.held(settings.sandboxes_dir, bad.container_id):
+        assert ids(reconcile.at_start(settings)) == {}
+    assert os.listdir(bad.folder) == [FILE]
