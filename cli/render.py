@@ -40,11 +40,16 @@ def line(row: dict[str, Any]) -> str:
 
 
 def hosts(rows: list[dict[str, Any]]) -> Table:
-    made = table("HOST", "SANDBOXES", "CAPACITY", "SLOTS", "HEARTBEAT", "VERSION", "NETWORKS")
+    made = table("HOST", "SANDBOXES", "CAPACITY", "SLOTS", "HEARTBEAT", "VERSION", "NETWORKS", "NOT READY")
     for row in rows:
         numbers = (str(row[name]) for name in ("sandboxes", "capacity", "slots"))
         made.add_row(
-            row["name"], *numbers, age(row["heartbeat_at"]), row["version"], ", ".join(row["networks"])
+            row["name"],
+            *numbers,
+            age(row["heartbeat_at"]),
+            row["version"],
+            ", ".join(row["networks"]),
+            row.get("not_ready") or "",
         )
     return made
 

@@ -20,7 +20,9 @@ from celery.signals import (
 
 from tasks import workflow
 from tasks.app import settings
-from tasks.host_step import HostStep
+from tasks.gate import Gate
+from tasks.host_step import HostStep, host_owner
+from tasks.record import Record, connect
 from worker import faults, reconcile
 from worker.errors import HostNotReady
 from worker.rootfs import host_rootfs
@@ -58,16 +60,30 @@ def take_host_lock(current: Settings) -> int:
     return handle
 
 
+def take_name(current: Settings) -> None:
+    """Keep two machines from working under one name: they would share a queue.
+
+    Raises:
+        HostNotReady: Another machine lives under it.
+    """
+    if not Record(connect(current)).take_name(current.host, host_owner(current)):
+        raise HostNotReady(
+            f"host {current.host}", "another machine works under this name", "give one of them another --host"
+        )
+
+
 def run_worker(*, log_level: str = "INFO") -> None:
     """Run this host's worker until it is told to stop; the caller has taken the host lock."""
     global _worker_pid
     _worker_pid = os.getpid()
     current = settings()
     faults.arm(current.faults, current.run_dir)
+    take_name(current)
     HostStep.due_at_start = reconcile.at_start(current)  # before any message: it fences the old ones off
     returned = take_back_messages()
     log.info("%d messages of the worker before are back in their queues", returned)
     workflow.app.steps["worker"].add(HostStep)
+    workflow.app.steps["consumer"].add(Gate)
     # The worker is root on purpose: netns, CNI and runsc need it; only JSON is accepted.
     warnings.filterwarnings("ignore", category=SecurityWarning)
     workflow.this_host()  # the probe runs here once, not in each child

@@ -1,21 +1,23 @@
 """What a worker's main process does beside its tasks: heartbeat, prober, reconcile. A Celery bootstep."""
 
-import json
 import logging
+import os
 import platform
+import secrets
+import signal
 import threading
 from typing import Any
 
 import redis
 from celery import bootsteps
-from kombu.exceptions import OperationalError
+from kombu.exceptions import KombuError
 
 from tasks import workflow
 from tasks.app import settings
+from tasks.gate import no_room
 from tasks.messages import Order
 from tasks.record import HEARTBEAT_S, Record, connect
-from tasks.state import TERMINAL, State
-from tasks.submit import publish_place
+from tasks.sweeper import sweep_fleet, sweep_host
 from worker import journal as journals
 from worker import reconcile
 from worker.cni_config import list_networks
@@ -41,6 +43,8 @@ class HostStep(bootsteps.StartStopStep):
     def start(self, parent: Any) -> None:
         self._settings = settings()
         self._record = Record(connect(self._settings, patient=True))
+        self._owner = host_owner(self._settings)
+        self._broker_life = ""
         self._later = reconcile.Later(self._settings)
         self._prober = Prober(self._settings, publish_ready)
         self._prober.start()
@@ -61,25 +65,38 @@ class HostStep(bootsteps.StartStopStep):
         due_s = 0.0
         while not self._stop.is_set():
             try:
-                self._record.heartbeat(self._settings.host, host_facts(self._settings))
+                self._beat()
                 if due_s <= 0:
                     self._reconcile()
                     due_s = self._settings.reconcile_s
-            except (redis.RedisError, OperationalError) as error:
-                log.warning("host %s has no broker: %s", self._settings.host, error)
+            except (redis.RedisError, KombuError, OSError) as error:
+                log.warning("host %s: its look at what is due is put off: %s", self._settings.host, error)
+                due_s = 0.0
             except Exception:  # a defect must not end the looks that keep the promise
                 log.exception("host %s: a look at its journals failed", self._settings.host)
             pause_s = min(HEARTBEAT_S, self._settings.reconcile_s)
             due_s -= pause_s
             self._stop.wait(pause_s)
 
+    def _beat(self) -> None:
+        host = self._settings.host
+        if not self._record.take_name(host, self._owner):
+            log.error("host %s: another machine has taken this name; stopping. Give this one another", host)
+            os.kill(os.getpid(), signal.SIGTERM)
+            self._stop.set()
+            return
+        life = self._record.heartbeat(host, host_facts(self._settings))
+        if life != self._broker_life:
+            self._later.forget_reports()  # it may have lost what it knew
+            self._broker_life = life
+
     def _reconcile(self) -> None:
-        if self.due_at_start is not None:
-            self._carry_out(self.due_at_start)
-            self._place_again()
-            type(self).due_at_start = None  # only now: without a broker it is still due
-        else:
-            self._carry_out(self._later.look())
+        is_first = self.due_at_start is not None
+        self._carry_out(self.due_at_start or self._later.look())
+        host, sandboxes = self._settings.host, self._settings.sandboxes_dir
+        sweep_host(workflow.app, self._record, host, sandboxes, is_first=is_first)
+        sweep_fleet(workflow.app, self._record)
+        type(self).due_at_start = None  # only now: without a broker it is still due
 
     def _carry_out(self, due: reconcile.Due) -> None:
         for known in due.relaunch:
@@ -96,20 +113,6 @@ class HostStep(bootsteps.StartStopStep):
                 self._later.settle(known.container_id)
                 if known.final:
                     workflow.forget(known)
-
-    def _place_again(self) -> None:
-        """Sandboxes that the record has on this host and that no journal knows."""
-        host = self._settings.host
-        known = {journal.container_id for journal in journals.read_all(self._settings.sandboxes_dir)[0]}
-        for container_id in sorted(self._record.placed_on(host) - known):
-            sandbox = self._record.get(container_id)
-            if sandbox is None or sandbox["state"] in TERMINAL:
-                continue
-            if sandbox["state"] == State.PLACED:
-                publish_place(workflow.app, [(container_id, sandbox["attempt"], host)])
-            else:
-                error = json.dumps({"stage": "place", "message": "the host has lost its journal"})
-                self._record.put(container_id, State.FAILED, sandbox["attempt"], {"error": error}, host=host)
 
 
 def publish_ready(container_id: str, attempt: int, outcome: str, detail: str) -> None:
@@ -132,8 +135,22 @@ def host_facts(current: Settings) -> dict[str, Any]:
         "broken_networks": [str(error) for error in broken],
         "rootfs_allow": [str(path) for path in current.rootfs_allow],
         "kernel": platform.release(),
+        "not_ready": no_room(current),
         "boot_id": boot_id(),  # so that a client knows whether a host is its own machine
     }
+
+
+def host_owner(current: Settings) -> str:
+    """What tells this host's folders from those of another machine with the same name."""
+    path = current.state_dir / "host-id"
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        owner = secrets.token_hex(8)
+        writing = path.with_name(f".host-id.{owner}")
+        writing.write_text(owner)
+        writing.rename(path)
+        return owner
 
 
 def _order(known: journals.Journal) -> Order:

@@ -4,8 +4,11 @@ Each change is one script: compare attempt, sequence and state, write, emit the 
 """
 
 import json
+import secrets
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, cast
 
 import redis
@@ -21,16 +24,20 @@ from worker.spec import Spec
 PREFIX = "sandbatch:"
 EVENTS = PREFIX + "events"
 SANDBOXES = PREFIX + "sandboxes"  # sorted set: id by time of creation
+QUEUED = PREFIX + "queued"  # sorted set: id by the time of its last message, of what no host has taken
 HOSTS = PREFIX + "hosts"
+EPOCH = PREFIX + "epoch"  # whoever finds none makes one: it goes with the broker's data
+SWEEPER = PREFIX + "sweeper"
 EVENTS_KEPT = 100_000
 TERMINAL_KEPT_S = 24 * 3600  # a record of an ended sandbox
 HEARTBEAT_S = 5.0
+NO_RECORD = -2  # an answer of _PUT
 HOST_LOST_S = 30.0
 
 _MOVES_JSON = json.dumps({str(old): [str(new) for new in news] for old, news in MOVES.items()})
 _TERMINAL_JSON = json.dumps([str(state) for state in TERMINAL])
 
-# KEYS: record, events, sandboxes of the host.  ARGV: id, state to come, now, moves, terminal states,
+# KEYS: record, events, sandboxes of the host, queued.  ARGV: id, state to come, now, moves, terminal states,
 # attempt, seq ('' = not from a journal), expiry of terminal records in s, length of the stream, the
 # state that it must be in ('' = any), then field, value, ...
 # Answers: 1 written, 0 nothing new, -1 fenced off (an older attempt, or no such move), -2 no such record.
@@ -56,6 +63,7 @@ redis.call('HSET', KEYS[1], 'state', target, 'attempt', ARGV[6])
 if ARGV[7] ~= '' then redis.call('HSET', KEYS[1], 'seq', ARGV[7]) end
 for i = 11, #ARGV, 2 do redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
 if target ~= state then
+  redis.call('ZREM', KEYS[4], ARGV[1])
   local host = redis.call('HGET', KEYS[1], 'host') or ''
   local batch = redis.call('HGET', KEYS[1], 'batch') or ''
   local terminal = false
@@ -73,7 +81,7 @@ end
 return 1
 """
 
-# KEYS: record, events, sandboxes of the host.  ARGV: id, host, attempt, now, length of the stream.
+# KEYS: record, events, sandboxes of the host, queued.  ARGV: id, host, attempt, now, length of the stream.
 # Answers: 1 claimed, 2 was mine already, 0 not to be had.
 _CLAIM = """
 local state = redis.call('HGET', KEYS[1], 'state')
@@ -83,6 +91,7 @@ if state == 'placed' and redis.call('HGET', KEYS[1], 'host') == ARGV[2] then ret
 if state ~= 'queued' then return 0 end
 redis.call('HSET', KEYS[1], 'state', 'placed', 'host', ARGV[2], 'placed_at', ARGV[4])
 redis.call('SADD', KEYS[3], ARGV[1])
+redis.call('ZREM', KEYS[4], ARGV[1])
 redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[5], '*', 'id', ARGV[1],
            'batch', redis.call('HGET', KEYS[1], 'batch') or '', 'state', 'placed',
            'host', ARGV[2], 't', ARGV[4])
@@ -91,6 +100,25 @@ return 1
 
 # KEYS: record. Only where there is one: a field by itself would make a record without an end.
 _MARK = "if redis.call('EXISTS', KEYS[1]) == 1 then redis.call('HSET', KEYS[1], 'removed', '1') end"
+
+# KEYS: owner of a host's name.  ARGV: owner, seconds.
+_NAME = """
+local owner = redis.call('GET', KEYS[1])
+if owner and owner ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])
+return 1
+"""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the record wants of a sandbox on a host. `placed_at_s` in seconds since the epoch."""
+
+    container_id: str
+    state: State
+    attempt: int
+    is_removed: bool
+    placed_at_s: float
 
 
 def connect(settings: Settings, *, patient: bool = False) -> "redis.Redis":
@@ -136,6 +164,7 @@ class Record:
         self._put = client.register_script(_PUT)
         self._claim = client.register_script(_CLAIM)
         self._mark = client.register_script(_MARK)
+        self._name = client.register_script(_NAME)
 
     # -- sandboxes ---------------------------------------------------------------------------------
 
@@ -155,11 +184,12 @@ class Record:
                 }
                 pipe.hset(_key(container_id), mapping=fields)
                 pipe.zadd(SANDBOXES, {container_id: score})
+                pipe.zadd(QUEUED, {container_id: score})
             pipe.execute()
 
     def claim(self, container_id: str, host: str, attempt: int) -> bool:
         """Take a queued sandbox for `host`; True if it is this host's now."""
-        keys = [_key(container_id), EVENTS, _host_key(host) + ":sandboxes"]
+        keys = [_key(container_id), EVENTS, _host_key(host) + ":sandboxes", QUEUED]
         return bool(self._claim(keys=keys, args=[container_id, host, attempt, now(), EVENTS_KEPT]))
 
     def put(
@@ -175,7 +205,7 @@ class Record:
     ) -> int:
         """Move a record; see the script for the answers."""
         flat = [part for pair in fields.items() for part in pair]
-        keys = [_key(container_id), EVENTS, _host_key(host) + ":sandboxes"]
+        keys = [_key(container_id), EVENTS, _host_key(host) + ":sandboxes", QUEUED]
         args: list[str | int] = [container_id, str(state), now(), _MOVES_JSON, _TERMINAL_JSON, attempt]
         args += ["" if seq is None else seq, TERMINAL_KEPT_S, EVENTS_KEPT, str(only_from or "")]
         return int(self._put(keys=keys, args=[*args, *flat]))
@@ -183,9 +213,35 @@ class Record:
     def report(self, journal: Journal, host: str) -> int:
         """Bring the record up to the journal; an older view than the record's changes nothing."""
         state, fields = view(journal)
-        return self.put(
-            journal.container_id, state, journal.attempt, {**fields, "host": host}, seq=journal.seq, host=host
+        fields["host"] = host
+
+        def put() -> int:
+            return self.put(journal.container_id, state, journal.attempt, fields, seq=journal.seq, host=host)
+
+        answer = put()
+        if answer == NO_RECORD:
+            self._rebuild(journal, host)
+            answer = put()
+        return answer
+
+    def _rebuild(self, journal: Journal, host: str) -> None:
+        """Begin the record of a sandbox anew: the broker has lost it, the host has not."""
+        pipe = self.client.pipeline()
+        pipe.hset(
+            _key(journal.container_id),
+            mapping={
+                "id": journal.container_id,
+                "batch": journal.batch,
+                "attempt": journal.attempt,
+                "state": str(State.PLACED),
+                "created_at": journal.created_at,
+                "spec": journal.spec.model_dump_json(),
+                "host": host,
+            },
         )
+        pipe.zadd(SANDBOXES, {journal.container_id: datetime.fromisoformat(journal.created_at).timestamp()})
+        pipe.sadd(_host_key(host) + ":sandboxes", journal.container_id)
+        pipe.execute()
 
     def cancel(self, container_id: str, attempt: int) -> bool:
         """End a sandbox that no host has taken; False if one has."""
@@ -237,8 +293,43 @@ class Record:
         spec, batch = cast("list[str | None]", self.client.hmget(_key(container_id), ["spec", "batch"]))
         return (spec, batch or "") if spec else None
 
-    def placed_on(self, host: str) -> set[str]:
-        return cast("set[str]", self.client.smembers(_host_key(host) + ":sandboxes"))
+    def wishes_on(self, host: str) -> list[Wish]:
+        """What the record has on a host and not ended."""
+        ids = sorted(cast("set[str]", self.client.smembers(_host_key(host) + ":sandboxes")))
+        pipe = self.client.pipeline(transaction=False)
+        for container_id in ids:
+            pipe.hmget(_key(container_id), ["state", "attempt", "removed", "placed_at"])
+        found = []
+        for container_id, (state, attempt, removed, placed_at) in zip(ids, pipe.execute(), strict=True):
+            if state is None or state in TERMINAL:
+                self.client.srem(_host_key(host) + ":sandboxes", container_id)
+                continue
+            placed_s = datetime.fromisoformat(placed_at).timestamp() if placed_at else 0.0
+            found.append(Wish(container_id, State(state), int(attempt), removed == "1", placed_s))
+        return found
+
+    def long_queued(self, age_s: float) -> list[tuple[str, int, str | None]]:
+        """Sandboxes whose last message is older than `age_s`, as (id, attempt, the host it asks for)."""
+        ids = cast("list[str]", self.client.zrangebyscore(QUEUED, "-inf", time.time() - age_s))
+        pipe = self.client.pipeline(transaction=False)
+        for container_id in ids:
+            pipe.hmget(_key(container_id), ["attempt", "spec"])
+        found = []
+        for container_id, (attempt, spec) in zip(ids, pipe.execute(), strict=True):
+            if spec is None:
+                self.client.zrem(QUEUED, container_id)
+                continue
+            found.append((container_id, int(attempt), json.loads(spec).get("host")))
+        return found
+
+    def sent_again(self, ids: Sequence[str]) -> None:
+        """Note that their messages have been published anew."""
+        if ids:
+            self.client.zadd(QUEUED, {container_id: time.time() for container_id in ids}, xx=True)
+
+    def may_sweep(self, period_s: float) -> bool:
+        """True for one worker of the fleet in each period."""
+        return bool(self.client.set(SWEEPER, "1", nx=True, px=int(period_s * 1000)))
 
     # -- events ------------------------------------------------------------------------------------
 
@@ -255,14 +346,25 @@ class Record:
 
     # -- hosts -------------------------------------------------------------------------------------
 
-    def heartbeat(self, host: str, facts: dict[str, Any]) -> None:
-        """Say that `host` lives, and what it is and has."""
+    def take_name(self, host: str, owner: str) -> bool:
+        """Take or keep the name of a host for `owner`; False while another machine lives under it."""
+        return bool(self._name(keys=[_host_key(host) + ":owner"], args=[owner, int(HOST_LOST_S)]))
+
+    def heartbeat(self, host: str, facts: dict[str, Any]) -> str:
+        """Say that `host` lives, and what it is and has; returns which life of the broker heard it.
+
+        Another answer than the last one means that the broker was restarted or has lost its data.
+        """
         pipe = self.client.pipeline()
         pipe.sadd(HOSTS, host)
         pipe.set(
             _host_key(host), json.dumps({**facts, "name": host, "heartbeat_at": now()}), ex=int(HOST_LOST_S)
         )
-        pipe.execute()
+        pipe.set(EPOCH, secrets.token_hex(8), nx=True)
+        pipe.get(EPOCH)
+        pipe.info("server")
+        answers = pipe.execute()
+        return f"{answers[-2]}.{answers[-1].get('run_id', '')}"
 
     def live_hosts(self) -> dict[str, dict[str, Any]]:
         """The hosts with a heartbeat, by name."""
@@ -273,7 +375,7 @@ class Record:
         return {name: json.loads(text) for name, text in zip(names, facts, strict=True) if text}
 
     def leave(self, host: str) -> None:
-        self.client.delete(_host_key(host))
+        self.client.delete(_host_key(host), _host_key(host) + ":owner")
 
 
 def view(journal: Journal) -> tuple[State, dict[str, str]]:

@@ -104,7 +104,13 @@ def place(self: "Task[Any, Any]", message: dict[str, Any]) -> dict[str, str]:
         )
         raise
     sandboxes = settings().sandboxes_dir
-    journals.create(sandboxes, order.container_id, attempt=order.attempt, batch=known[1], spec=spec)
+    try:
+        journals.create(sandboxes, order.container_id, attempt=order.attempt, batch=known[1], spec=spec)
+    except OSError as error:  # a full disk: what cannot be journaled is not begun
+        reason = {"stage": "place", "message": f"its journal cannot be written: {error.strerror}"}
+        fields = {"error": json.dumps(reason)}
+        record().put(order.container_id, State.FAILED, order.attempt, fields, host=host)
+        raise
     try:
         with journals.locked(sandboxes, order.container_id, wait_s=BUSY_WAIT_S) as journal:
             # An `rm` between claim and journal found nothing to undo here: only this look sees it.

@@ -244,9 +244,13 @@ class CniRuntime:
             lost = LOST_CHAIN.search(error.msg)
             if lost is None:
                 raise
-            argv = [lost["iptables"], "-t", lost["table"], "-N", lost["chain"], "--wait"]
-            process.run(argv, timeout_s=self.timeout_s)  # if it fails, so will the DEL, in its own words
-            self._run("DEL", plugin, attachment, stdin)
+            chain = [lost["iptables"], "--wait", "-t", lost["table"]]
+            # If making it fails, so will the DEL, in its own words.
+            process.run([*chain, "-N", lost["chain"]], timeout_s=self.timeout_s)
+            try:
+                self._run("DEL", plugin, attachment, stdin)
+            finally:  # 1.1.1 stops at the missing rule and leaves the empty chain
+                process.run([*chain, "-X", lost["chain"]], timeout_s=self.timeout_s)
 
     def _result_for_del(self, network: Network, attachment: Attachment) -> dict[str, Any] | None:
         try:

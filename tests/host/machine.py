@@ -7,6 +7,8 @@ import subprocess
 from pathlib import Path
 
 COUNTERS = re.compile(r"\[\d+:\d+\]|counter packets \d+ bytes \d+|^#.*$", re.MULTILINE)
+# The kernel's own tables and chains come with the first rule, and stay.
+EMPTY_TABLE = re.compile(r"[*}]|COMMIT|table |type |chain [A-Z]|:(INPUT|OUTPUT|FORWARD|(PRE|POST)ROUTING) ")
 OURS = re.compile(r"sb-[0-9a-f]{16}|runsc|gvisor|conmon")  # a machine's other cgroups come and go
 BENCH = "sandbatch-bench"  # a bench may run beside the tests
 
@@ -14,8 +16,8 @@ BENCH = "sandbatch-bench"  # a bench may run beside the tests
 def snapshot() -> dict[str, list[str]]:
     """Firewall rules, links, leases and cache, netns, cgroups, mounts and the processes of sandboxes."""
     return {
-        "iptables": _lines("iptables-save"),
-        "nftables": _lines("nft", "list", "ruleset"),
+        "iptables": [line for line in _lines("iptables-save") if not EMPTY_TABLE.match(line)],
+        "nftables": [line for line in _lines("nft", "list", "ruleset") if not EMPTY_TABLE.match(line)],
         "links": sorted(link["ifname"] for link in json.loads(_output("ip", "-j", "link"))),
         "addresses": sorted(f"{one['ifname']} {one['addr_info']}" for one in _addresses()),
         "cni": _tree(Path("/var/lib/cni")),
