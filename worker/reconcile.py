@@ -13,7 +13,6 @@ from worker.procs import all_sandbox_processes
 from worker.settings import Settings
 
 log = logging.getLogger("sandbatch")
-LAUNCH_QUIET_S = 120.0  # longer than Celery's hard limit of a stage: its message, or its process, is lost
 QUIET_S = 10.0  # an undo that wrote nothing for so long has lost its messages, or failed
 SETTLED_S = 2.0  # what was written so long ago should have been reported by whoever wrote it
 LONGEST_BACKOFF_S = 600.0
@@ -57,7 +56,9 @@ def _set_aside(settings: Settings, error: JournalError) -> None:
     """A journal that cannot be read gets a name that says so; nothing is claimed about its sandbox."""
     if error.kind:
         try:
-            journal.set_aside(settings.sandboxes_dir, Path(error.what).parent.name, wait_s=TWIN_WAIT_S)
+            name = Path(error.what).parent.name
+            with journal.held(settings.sandboxes_dir, name, wait_s=TWIN_WAIT_S) as folder:
+                journal.set_aside(folder)
         except (Busy, OSError) as why:
             log.warning("%s; it cannot be set aside: %s", error, why)
 
@@ -149,7 +150,7 @@ class Later:
             due.report.append(known)
         elif known.is_done("container"):
             due.wait.append(known)
-        elif quiet_s > LAUNCH_QUIET_S:
+        elif quiet_s > self._settings.stall_s:
             self._fence(due, known.container_id)
 
     def _fence(self, due: Due, container_id: str) -> None:

@@ -53,6 +53,9 @@ class Settings(BaseSettings):
     mount_allow: tuple[Path, ...] = ()
     faults: str = Field("", description="fault points of a test (worker.faults)")
     allow_faults: bool = False
+    stall_s: float = Field(
+        120.0, gt=0, description="a launch that journals nothing for so long has lost its message"
+    )
     reconcile_s: float = Field(15.0, gt=0, description="time between two looks at what is left over")
 
     @field_validator("host")

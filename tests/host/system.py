@@ -55,6 +55,7 @@ class System:
     subnet: str
     env: dict[str, str] = field(default_factory=dict)
     process: "subprocess.Popen[bytes] | None" = None
+    worker_url: str = ""  # a broker elsewhere, as the worker reaches it; then `worker` is run, not `up`
 
     def __post_init__(self) -> None:
         self.conf_dir.mkdir(parents=True, exist_ok=True)
@@ -140,8 +141,10 @@ class System:
     def start(self, **env: str) -> None:
         """Start broker and worker, and wait for the worker's heartbeat."""
         with (self.folder / "up.log").open("ab") as log:
-            argv = [sys.executable, "-m", "cli", "up"]
+            argv = [sys.executable, "-m", "cli", "worker" if self.worker_url else "up"]
             environment = {**self.environment, **env}
+            if self.worker_url:
+                environment["SANDBATCH_BROKER_URL"] = self.worker_url
             self.process = subprocess.Popen(
                 argv, stdout=log, stderr=log, env=environment, start_new_session=True
             )
@@ -151,7 +154,8 @@ class System:
         assert self.process is not None
         if self.process.poll() is not None:
             raise AssertionError(f"sandbatch up ended:\n{self.log()}")
-        with contextlib.closing(connect(Settings(run_dir=self.run_dir))) as client:
+        url = self.env.get("SANDBATCH_BROKER_URL", "")
+        with contextlib.closing(connect(Settings(run_dir=self.run_dir, broker_url=url))) as client:
             try:
                 return bool(Record(client).live_hosts())
             except redis.RedisError:
@@ -180,7 +184,7 @@ class System:
     def remove(self) -> None:
         """Everything of this system, the bridge too, which CNI leaves on purpose."""
         if self.sandboxes.is_dir() and any(self.sandboxes.iterdir()):
-            self.env.clear()
+            self.env.pop("SANDBATCH_FAULTS", None)
             if self.process is None or self.process.poll() is not None:
                 self.start()
             self.cli("rm", "--all")

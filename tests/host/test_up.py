@@ -1,0 +1,69 @@
+"""`sandbatch up` and the processes that it starts: none of them goes on without those it needs."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tasks.record import connect
+from tests.host.system import SERVER, System
+from tests.storm.system import parent_of
+from worker import procs
+from worker.settings import Settings
+
+
+def worker_that_starts(system: System, timeout_s: float = 20.0) -> int:
+    """The pid of a worker that has only just been started by its tini."""
+    mark = f"SANDBATCH_RUN_DIR={system.run_dir}".encode()
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        for name in filter(str.isdecimal, os.listdir("/proc")):
+            try:
+                words = Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0")
+                if words[1:4] == [b"-m", b"cli", b"worker"] and mark in Path(
+                    f"/proc/{name}/environ"
+                ).read_bytes().split(b"\0"):
+                    return int(name)
+            except OSError:
+                continue
+        time.sleep(0.005)
+    raise AssertionError("no worker has started")
+
+
+def test_a_worker_whose_tini_is_killed_while_it_starts_ends(make_system):
+    """It would work on as an orphan: nobody reaps there, and no other worker could start (seen in a storm)."""
+    system = make_system()
+    system.start()
+    system.kill_worker()
+    with (system.folder / "up.log").open("ab") as log:
+        argv = [sys.executable, "-m", "cli", "up"]
+        system.process = subprocess.Popen(argv, stdout=log, stderr=log, env=system.environment)
+    pid = worker_that_starts(system)
+    ticks = procs.start_time(pid)
+
+    os.kill(parent_of(pid), signal.SIGKILL)
+
+    try:
+        system.wait_until(lambda: procs.start_time(pid) != ticks, 15, "end of the worker without a tini")
+    finally:
+        procs.end([procs.Proc(pid, ticks or 0, "worker", "")], timeout_s=5)
+        system.process.wait(30)
+
+
+def test_up_ends_when_its_broker_is_killed(make_system):
+    """A worker without a broker does nothing for ever; what restarts `up` finds all that the broker knew."""
+    system = make_system()
+    system.start()
+    (container_id,) = system.run("--wait", *SERVER)
+    with contextlib.closing(connect(Settings(run_dir=system.run_dir))) as client:
+        pid = client.info("server")["process_id"]
+
+    os.kill(pid, signal.SIGKILL)
+
+    assert system.process.wait(30) == 1
+    assert "the broker (its log:" in system.log()
+    system.start()
+    assert system.wait([container_id], "running", 15) == {container_id: "running"}
