@@ -98,9 +98,9 @@ def test_an_interrupt_leaves_nothing_running(held):
     try:
         with ThreadPoolExecutor() as pool:
             reading = pool.submit(held.read_bytes)
-            script = f"exec 3> {held}; sleep {LONG_S} & kill -USR1 $PPID; sleep {LONG_S}"
+            script = f"exec 3> {held}; sleep {LONG_S} & read go; kill -USR1 $PPID; sleep {LONG_S}"
             with pytest.raises(SoftTimeLimit):
-                process.run(["sh", "-c", script], timeout_s=LONG_S)
+                process.run(["sh", "-c", script], timeout_s=LONG_S, stdin="go\n")
             assert reading.result(timeout=10) == b""
     finally:
         signal.signal(signal.SIGUSR1, old)

@@ -318,9 +318,9 @@ def test_an_undo_that_keeps_failing_is_tried_ever_more_rarely_but_for_ever(setti
 
 def test_a_launch_whose_message_was_lost_begins_anew(settings, later):
     known = made(settings, 1, "netns", begun="network")
-    written(known, reconcile.LAUNCH_QUIET_S - 5)
+    written(known, settings.stall_s - 5)
     assert ids(later.look()) == {}
-    written(known, reconcile.LAUNCH_QUIET_S + 5)
+    written(known, settings.stall_s + 5)
     due = later.look()
     assert ids(due) == {"relaunch": [1]}
     assert due.relaunch[0].attempt == again(known).attempt == 2
@@ -330,7 +330,7 @@ def test_a_launch_whose_message_was_lost_begins_anew(settings, later):
 def test_a_launch_is_given_up_later_as_at_the_start(settings, later):
     known = made(settings, 1, begun="netns")
     known.new_attempt(reconcile.MAX_ATTEMPTS)
-    written(known, reconcile.LAUNCH_QUIET_S + 5)
+    written(known, settings.stall_s + 5)
     assert ids(later.look()) == {"unwind": [1]}
     assert again(known).facts["wanted"] == "failed"
 
@@ -338,7 +338,7 @@ def test_a_launch_is_given_up_later_as_at_the_start(settings, later):
 def test_a_launch_that_somebody_works_on_is_left_alone(settings, later):
     """A stage may be longer than we think; its lock says that it lives."""
     known = made(settings, 1, begun="netns")
-    written(known, reconcile.LAUNCH_QUIET_S + 5)
+    written(known, settings.stall_s + 5)
     with journals.locked(settings.sandboxes_dir, known.container_id):
         assert ids(later.look()) == {}
     assert ids(later.look()) == {"relaunch": [1]}
