@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from cli.output import say
 from tasks.record import check, connect
@@ -46,7 +47,7 @@ def run_host_worker(settings: Settings) -> None:
 
     from tasks.consumer import die_with_parent, run_worker, take_host_lock
 
-    die_with_parent(os.getppid())
+    die_with_parent(_tini())
     take_host_lock(settings)
     run_worker()
 
@@ -64,6 +65,18 @@ def _under_tini() -> list[str]:
     return [tini, "-s", "--", sys.executable, "-m", "cli", "worker"]
 
 
+def _tini() -> int:
+    """The pid of the tini that started us, which may have been killed since: then nobody would reap."""
+    parent = os.getppid()
+    try:
+        name = Path(f"/proc/{parent}/comm").read_text().strip()
+    except (FileNotFoundError, ProcessLookupError):
+        name = "nobody"
+    if name != "tini":
+        raise HostNotReady("tini", f"ended while the worker started; {name} is there now", "start it again")
+    return parent
+
+
 def _prepare(settings: Settings) -> None:
     if settings.network == NAME:
         ensure_network(settings)
@@ -71,7 +84,10 @@ def _prepare(settings: Settings) -> None:
 
 
 def run_up(settings: Settings, *, with_flower: bool) -> int:
-    """Run broker, worker and perhaps Flower as children until a signal comes or one of them ends."""
+    """Run broker, worker and perhaps Flower as children until a signal comes or one of them ends.
+
+    A dead broker ends the rest too: what restarts `up` then restarts all of it, with the broker's data.
+    """
     from tasks.broker import embedded_broker
 
     if os.geteuid() != 0:
@@ -80,12 +96,13 @@ def run_up(settings: Settings, *, with_flower: bool) -> int:
         raise BadInput("up", "SANDBATCH_BROKER_URL names another broker", "unset it, or run sandbatch worker")
     _prepare(settings)
     _export(settings)
-    with _signals() as signalled, embedded_broker(settings), contextlib.ExitStack() as children:
-        processes = [children.enter_context(_child(_under_tini(), {UNDER_TINI: "up"}))]
+    with _signals() as signalled, embedded_broker(settings) as broker, contextlib.ExitStack() as children:
+        pids = {broker: f"the broker (its log: {settings.state_dir / 'broker' / 'valkey.log'})"}
+        pids[children.enter_context(_child(_under_tini(), {UNDER_TINI: "up"})).pid] = "the worker"
         if with_flower:
-            processes.append(children.enter_context(_child(flower_argv(5555, "127.0.0.1"), {})))
+            pids[children.enter_context(_child(flower_argv(5555, "127.0.0.1"), {})).pid] = "Flower"
         say(f"host {settings.host} is up; Ctrl-C stops it, sandboxes go on")
-        return _wait_for_any(processes, signalled)
+        return _wait_for_any(pids, signalled)
 
 
 def flower_argv(port: int, address: str) -> list[str]:
@@ -135,12 +152,16 @@ def _signals() -> Iterator[int]:
         os.close(writer)
 
 
-def _wait_for_any(processes: list["subprocess.Popen[bytes]"], signalled: int) -> int:
-    """0 after a signal; 1 if a child ended by itself, which it has said why."""
-    fds = [os.pidfd_open(process.pid) for process in processes]
+def _wait_for_any(pids: dict[int, str], signalled: int) -> int:
+    """0 after a signal; 1 if one of `pids` ended by itself, whose name is then said."""
+    fds = {os.pidfd_open(pid): name for pid, name in pids.items()}
     try:
         ready = select.select([signalled, *fds], [], [])[0]
-        return 0 if signalled in ready else 1
+        if signalled in ready:
+            return 0
+        for fd in ready:
+            say(f"{fds[fd]} has ended by itself; so does all of sandbatch up, and sandboxes go on")
+        return 1
     finally:
         for fd in fds:
             os.close(fd)

@@ -16,16 +16,16 @@ START_S = 20.0  # reading a large append-only file back takes a while
 
 
 @contextlib.contextmanager
-def embedded_broker(settings: Settings) -> Iterator[None]:
-    """Run the embedded broker until the block ends.
+def embedded_broker(settings: Settings) -> Iterator[int]:
+    """Run the embedded broker until the block ends, or it dies; gives its pid.
 
     Raises:
         BrokerError: One runs already on this socket, or it does not start.
     """
     socket = settings.broker_socket
     socket.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    with _only_broker(settings), _server(settings):
-        yield
+    with _only_broker(settings), _server(settings) as pid:
+        yield pid
 
 
 @contextlib.contextmanager
@@ -45,7 +45,7 @@ def _only_broker(settings: Settings) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _server(settings: Settings) -> Iterator[None]:
+def _server(settings: Settings) -> Iterator[int]:
     socket, data = settings.broker_socket, settings.state_dir / "broker"
     data.mkdir(mode=0o700, parents=True, exist_ok=True)
     server = ValkeyServer(
@@ -66,7 +66,9 @@ def _server(settings: Settings) -> Iterator[None]:
             f"broker {socket}", f"does not start ({error})", f"see {data}/valkey.log"
         ) from error
     try:
-        yield
+        with contextlib.closing(_connect(settings)) as client:
+            pid = int(client.info("server")["process_id"])
+        yield pid
     finally:
         server.stop()
         socket.unlink(missing_ok=True)
