@@ -196,6 +196,7 @@ class Journal:
                 run.state, run.ended_at, run.error = state, at, error
                 run.duration_s = round(_seconds(at) - _seconds(run.started_at), 3)
                 return
+        self.runs.append(StageRun(stage, verb, state, at, at, 0.0, error))  # its begin was not written
 
 
 def create(sandboxes_dir: Path, container_id: str, *, attempt: int, batch: str, spec: Spec) -> Journal:
@@ -331,28 +332,21 @@ def _release(kind: str) -> str:
     return "release-" + re.sub(r"[^\w.]", "_", kind, flags=re.ASCII)[:40]
 
 
-def set_aside(sandboxes_dir: Path, container_id: str, *, wait_s: float = 0.0) -> Path | None:
+def set_aside(folder: Path) -> Path | None:
     """Give a journal that cannot be read a name that says so; None if it can be, or there is none.
 
-    It stays in its folder, which holds its sandbox's name until `audit --mend` has undone it.
-
-    Raises:
-        Busy: Somebody works on the sandbox after all.
+    Under the sandbox's lock. It stays in its folder, which keeps the sandbox's name from being
+    taken again, until `audit --mend` has undone what it held.
     """
     try:
-        with held(sandboxes_dir, container_id, wait_s=wait_s) as folder:
-            try:
-                read(folder)
-            except JournalError as error:
-                if not error.kind:
-                    return None
-                stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
-                name = folder / f"{FILE}.{error.kind}-{stamp}"
-                (folder / FILE).rename(name)
-                _sync_folder(folder)
-                return name
-    except FileNotFoundError:
-        pass  # gone since
+        read(folder)
+    except JournalError as error:
+        if not error.kind:
+            return None
+        name = folder / f"{FILE}.{error.kind}-{datetime.now(UTC).strftime('%Y%m%dT%H%M%S')}"
+        (folder / FILE).rename(name)
+        _sync_folder(folder)
+        return name
     return None
 
 

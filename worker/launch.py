@@ -1,5 +1,7 @@
 """Run the stages of one sandbox, and undo them: what every Celery task of a host is a thin skin on."""
 
+from contextlib import suppress
+
 from worker import faults
 from worker.errors import NotReady, SandbatchError
 from worker.journal import Journal
@@ -32,7 +34,13 @@ def run_stage(host: Host, journal: Journal, name: str) -> bool:
         intent, refusal = stage.intend(host, journal), None
     except SandbatchError as error:
         intent, refusal = {}, error
-    journal.mark_begun(name, intent)  # before, not after: a failed ADD may already hold an address
+    try:
+        journal.mark_begun(name, intent)  # before, not after: a failed ADD may already hold an address
+    except OSError as error:
+        words = f"its journal cannot be written: {error.strerror}"
+        with suppress(OSError):  # there may be room for the shorter line
+            journal.mark_failed(name, words)
+        raise SandbatchError(journal.container_id, words, "make room on the host's disk") from error
     try:
         if refusal is not None:
             raise refusal
