@@ -4,6 +4,7 @@ Each change is one script: compare attempt, sequence and state, write, emit the 
 """
 
 import json
+import re
 import secrets
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +17,7 @@ from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 
 from tasks.state import MOVES, TERMINAL, State
-from worker.errors import BrokerError
+from worker.errors import BadInput, BrokerError
 from worker.journal import Journal, now
 from worker.settings import Settings
 from worker.spec import Spec
@@ -122,17 +123,24 @@ class Wish:
 
 
 def connect(settings: Settings, *, patient: bool = False) -> "redis.Redis":
-    """A client of the broker's Redis; `patient` ones outlive a short restart of it."""
+    """A client of the broker's Redis; `patient` ones outlive a short restart of it.
+
+    Raises:
+        BadInput: The broker's URL has an option that is none.
+    """
     url = settings.broker_url or f"unix://{settings.broker_socket}"
     url = url.replace("redis+socket://", "unix://", 1)
     retry = Retry(ExponentialBackoff(cap=1.0, base=0.05), 8 if patient else 0)
-    return redis.Redis.from_url(
-        url,
-        decode_responses=True,
-        socket_timeout=30 if patient else 4,
-        socket_connect_timeout=4,
-        retry=retry,
-    )
+    try:
+        return redis.Redis.from_url(
+            url,
+            decode_responses=True,
+            socket_timeout=30 if patient else 4,
+            socket_connect_timeout=4,
+            retry=retry,
+        )
+    except ValueError as error:
+        raise BadInput(f"broker {public_url(settings)}", str(error), "check SANDBATCH_BROKER_URL") from None
 
 
 def check(client: "redis.Redis", settings: Settings) -> None:
@@ -140,18 +148,21 @@ def check(client: "redis.Redis", settings: Settings) -> None:
 
     Raises:
         BrokerError: None within some seconds; the error names the URL without its password.
+        BadInput: The broker's URL has an option that is none.
     """
     try:
         client.ping()
     except (redis.RedisError, OSError) as error:
         raise BrokerError(f"broker {public_url(settings)}", _reason(error), _todo(settings)) from None
+    except TypeError as error:  # redis-py makes an argument of whatever stands behind the `?`
+        raise BadInput(f"broker {public_url(settings)}", str(error), "check SANDBATCH_BROKER_URL") from None
 
 
 def public_url(settings: Settings) -> str:
     """The broker's URL without its password."""
     url = settings.broker_url or f"redis+socket://{settings.broker_socket}"
     scheme, _, rest = url.partition("://")
-    login, at, place = rest.rpartition("@")
+    login, at, place = re.sub(r"(?<=[?&]password=)[^&]*", "***", rest).rpartition("@")
     user = login.partition(":")[0]
     return f"{scheme}://{user + ':***@' if at else ''}{place}"
 
@@ -169,7 +180,7 @@ class Record:
     # -- sandboxes ---------------------------------------------------------------------------------
 
     def enqueue(self, batch: str, ids_and_specs: Sequence[tuple[str, Spec]]) -> None:
-        """Write new records as `queued`. Repeating it for the same ids changes nothing that matters."""
+        """Write records of new ids as `queued`."""
         at, score = now(), time.time()
         for start in range(0, len(ids_and_specs), 1000):
             pipe = self.client.pipeline(transaction=False)

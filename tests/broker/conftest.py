@@ -1,0 +1,116 @@
+"""A real broker for the tests of what is kept in it: one a session, empty before each test."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import redis
+
+from tasks.app import make_app
+from tasks.broker import embedded_broker
+from tasks.record import Record, connect
+from worker.journal import boot_id
+from worker.settings import Settings
+
+HOST = "here"
+
+
+@pytest.fixture(scope="session")
+def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
+    """Valkey on a socket of its own, and the settings that name it."""
+    folder = tmp_path_factory.mktemp("broker")
+    settings = Settings(
+        broker_url="",
+        host=HOST,
+        run_dir=folder / "run",
+        state_dir=folder / "state",
+        cni_conf_dir=folder / "net.d",
+        network="mynet",
+        rootfs_allow=(folder / "allowed",),
+    )
+    for path in (settings.cni_conf_dir, settings.own_cni_conf_dir, folder / "allowed" / "root"):
+        path.mkdir(parents=True)
+    with embedded_broker(settings):
+        yield settings
+
+
+@pytest.fixture
+def client(broker: Settings) -> Iterator["redis.Redis"]:
+    """A connection to the broker, which knows nothing yet."""
+    with connect(broker) as client:
+        client.flushall()
+        yield client
+
+
+@pytest.fixture
+def record(client: "redis.Redis") -> Record:
+    return Record(client)
+
+
+@pytest.fixture
+def sender(client: "redis.Redis", broker: Settings) -> Iterator[Any]:
+    """The Celery app of a command line."""
+    with make_app(broker, "client") as app:
+        yield app
+
+
+@dataclass
+class CommandLine:
+    """`sandbatch` as a program: what it printed and how it ended."""
+
+    settings: Settings
+
+    @property
+    def environment(self) -> dict[str, str]:
+        ours = {name: value for name, value in os.environ.items() if not name.startswith("SANDBATCH_")}
+        return {
+            **ours,
+            "SANDBATCH_RUN_DIR": str(self.settings.run_dir),
+            "SANDBATCH_STATE_DIR": str(self.settings.state_dir),
+            "SANDBATCH_CNI_CONF_DIR": str(self.settings.cni_conf_dir),
+            "SANDBATCH_NETWORK": self.settings.network,
+            "SANDBATCH_HOST": self.settings.host,
+            "SANDBATCH_ROOTFS_ALLOW": json.dumps([str(path) for path in self.settings.rootfs_allow]),
+        }
+
+    def python(self, *args: str, **env: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [sys.executable, *args],
+            capture_output=True,
+            text=True,
+            env={**self.environment, **env},
+            timeout=60,
+            check=False,
+        )
+
+    def __call__(self, *args: str, **env: str) -> "subprocess.CompletedProcess[str]":
+        done = self.python("-m", "cli", *args, **env)
+        assert "Traceback" not in done.stderr, done.stderr
+        return done
+
+    def json(self, *args: str) -> Any:
+        done = self(*args, "--json")
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+
+@pytest.fixture
+def cli(broker: Settings, client: "redis.Redis") -> CommandLine:
+    return CommandLine(broker)
+
+
+@pytest.fixture
+def heartbeat(record: Record) -> Any:
+    """Say that a host lives; by default it is this machine."""
+
+    def beat(name: str = HOST, **facts: Any) -> None:
+        known: dict[str, Any] = {"version": "0.1.0", "capacity": 10, "sandboxes": 0, "slots": 4}
+        known |= {"networks": ["mynet"], "rootfs_allow": [], "boot_id": boot_id(), **facts}
+        record.heartbeat(name, known)
+
+    return beat
