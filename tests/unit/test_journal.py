@@ -301,7 +301,7 @@ def test_a_journal_that_cannot_be_read_is_set_aside_under_a_name_that_says_why(
     (known.folder / FILE).write_text(content)
     assert journal.is_unreadable(sandboxes, ID)
 
-    aside = journal.set_aside(sandboxes, ID)
+    aside = journal.set_aside(known.folder)
 
     assert aside is not None
     assert re.fullmatch(rf"journal\.jsonl\.{re.escape(kind)}-\d{{8}}T\d{{6}}", aside.name)
@@ -309,7 +309,7 @@ def test_a_journal_that_cannot_be_read_is_set_aside_under_a_name_that_says_why(
     assert os.listdir(known.folder) == [aside.name]
     assert journal.set_aside_files(known.folder) == [aside]
     assert journal.is_unreadable(sandboxes, ID)
-    assert journal.set_aside(sandboxes, ID) is None
+    assert journal.set_aside(known.folder) is None
 
 
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: os.symlink("/etc/passwd", path)])
@@ -317,22 +317,22 @@ def test_what_is_no_file_is_no_journal_and_is_not_opened(known, sandboxes, make)
     """A pipe would make the worker wait for ever, and a link may lead anywhere."""
     (known.folder / FILE).unlink()
     make(known.folder / FILE)
-    aside = journal.set_aside(sandboxes, ID)
+    aside = journal.set_aside(known.folder)
     assert aside is not None
     assert ".foreign-" in aside.name
 
 
 def test_a_journal_that_can_be_read_is_not_set_aside(known, sandboxes):
-    assert journal.set_aside(sandboxes, ID) is None
+    assert journal.set_aside(known.folder) is None
     assert not journal.is_unreadable(sandboxes, ID)
-    assert journal.set_aside(sandboxes, "sb-" + "0" * 16) is None
+    assert journal.set_aside(sandboxes / "none") is None
     assert not journal.is_unreadable(sandboxes, "sb-" + "0" * 16)
 
 
 def test_no_new_journal_takes_the_place_of_one_that_was_set_aside(known, sandboxes):
     """The sandbox may still hold something that only its old journal speaks of."""
     (known.folder / FILE).write_text("")
-    journal.set_aside(sandboxes, ID)
+    journal.set_aside(known.folder)
     with pytest.raises(JournalError, match=r"set aside as journal.jsonl.empty-.*audit --mend"):
         journal.create(sandboxes, ID, attempt=2, batch="b", spec=SPEC)
     with (
