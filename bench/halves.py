@@ -13,7 +13,8 @@ from typing import Any
 import redis
 
 from tasks.app import make_app
-from tasks.record import Record, connect
+from tasks.connection import connect
+from tasks.record import Record
 from tasks.state import TERMINAL, State
 from tasks.submit import remove, submit
 from worker.errors import SandbatchError

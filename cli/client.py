@@ -3,13 +3,15 @@
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from celery import Celery
 
 from tasks.app import make_app
-from tasks.record import Record, check, connect
+from tasks.connection import check, connect
+from tasks.record import Record
 from tasks.state import TERMINAL, State
 from worker.cni_config import find_network
 from worker.errors import BadInput, BadNetwork
@@ -34,22 +36,28 @@ class Client:
         """A Celery app that only sends; without a result backend it subscribes to nothing."""
         return make_app(self.settings, "client")
 
-    def resolve(self, given: Iterable[str]) -> list[dict[str, Any]]:
+    def resolve(self, given: Iterable[str], *, unknown_ok: bool = False) -> list[dict[str, Any]]:
         """Sandboxes by id, or by a prefix that only one id has.
 
         Raises:
-            BadInput: No such id, or several begin so.
+            BadInput: No such id, unless `unknown_ok`, or several begin so.
         """
         known = self.record.ids()
-        full = []
-        for text in given:
-            matches = [text] if text in known else [one for one in known if text and one.startswith(text)]
-            if not matches:
-                raise BadInput(text, "no such sandbox", "see sandbatch ls")
-            if len(matches) > 1:
-                raise BadInput(text, f"{len(matches)} sandboxes begin so", "give more of the id")
-            full += matches
-        return self.record.get_all(list(dict.fromkeys(full)))
+        matches = {
+            text: [text] if text in known else [one for one in known if text and one.startswith(text)]
+            for text in given
+        }
+        # The index may still have an id whose record has expired.
+        rows = {row["id"]: row for row in self.record.get_all(sorted({*chain(*matches.values())}))}
+        found: dict[str, dict[str, Any]] = {}
+        for text, ids in matches.items():
+            live = [one for one in ids if one in rows]
+            if not live and not unknown_ok:
+                raise BadInput(text or "id ''", "no such sandbox", "see sandbatch ls")
+            if len(live) > 1:
+                raise BadInput(text, f"{len(live)} sandboxes begin so", "give more of the id")
+            found |= {one: rows[one] for one in live}
+        return list(found.values())
 
     def select(
         self,
@@ -59,13 +67,14 @@ class Client:
         host: str | None = None,
         states: Sequence[str] = (),
         labels: Sequence[str] = (),
+        unknown_ok: bool = False,
     ) -> list[dict[str, Any]]:
         """Sandboxes by any of what `ls` filters by."""
         for state in states:
             if state not in set(State):
                 raise BadInput(f"--state {state}", "no such state", f"one of {', '.join(State)}")
         wanted = dict(pair(label, "--label") for label in labels)
-        rows = self.resolve(ids) if ids else self.record.get_all()
+        rows = self.resolve(ids, unknown_ok=unknown_ok) if ids else self.record.get_all()
         rows = [
             row
             for row in rows
@@ -74,7 +83,7 @@ class Client:
             and (not states or row["state"] in states)
             and all(row["labels"].get(name) == value for name, value in wanted.items())
         ]
-        if batch is not None and not rows:
+        if batch is not None and not rows and not unknown_ok:
             raise BadInput(f"batch {batch}", "no such batch", "see sandbatch ls")
         return rows
 

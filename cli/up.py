@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cli.output import say
-from tasks.record import check, connect
+from tasks.connection import check, connect
 from worker.doctor import check_host
 from worker.errors import BadInput, HostNotReady
 from worker.settings import Settings

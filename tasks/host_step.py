@@ -14,9 +14,10 @@ from kombu.exceptions import KombuError
 
 from tasks import workflow
 from tasks.app import settings
+from tasks.connection import connect
 from tasks.gate import no_room
 from tasks.messages import Order
-from tasks.record import HEARTBEAT_S, Record, connect
+from tasks.record import HEARTBEAT_S, Record
 from tasks.sweeper import sweep_fleet, sweep_host
 from worker import journal as journals
 from worker import reconcile

@@ -4,7 +4,6 @@ Each change is one script: compare attempt, sequence and state, write, emit the 
 """
 
 import json
-import re
 import secrets
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,13 +12,11 @@ from datetime import datetime
 from typing import Any, cast
 
 import redis
-from redis.backoff import ExponentialBackoff
-from redis.retry import Retry
 
-from tasks.state import MOVES, TERMINAL, State
-from worker.errors import BadInput, BrokerError
+from tasks.scripts import CLAIM, MARK, MOVES_JSON, NAME, NO_RECORD, PUT, TERMINAL_JSON
+from tasks.state import TERMINAL, State
+from tasks.view import shape, view
 from worker.journal import Journal, now
-from worker.settings import Settings
 from worker.spec import Spec
 
 PREFIX = "sandbatch:"
@@ -32,83 +29,7 @@ SWEEPER = PREFIX + "sweeper"
 EVENTS_KEPT = 100_000
 TERMINAL_KEPT_S = 24 * 3600  # a record of an ended sandbox
 HEARTBEAT_S = 5.0
-NO_RECORD = -2  # an answer of _PUT
 HOST_LOST_S = 30.0
-
-_MOVES_JSON = json.dumps({str(old): [str(new) for new in news] for old, news in MOVES.items()})
-_TERMINAL_JSON = json.dumps([str(state) for state in TERMINAL])
-
-# KEYS: record, events, sandboxes of the host, queued.  ARGV: id, state to come, now, moves, terminal states,
-# attempt, seq ('' = not from a journal), expiry of terminal records in s, length of the stream, the
-# state that it must be in ('' = any), then field, value, ...
-# Answers: 1 written, 0 nothing new, -1 fenced off (an older attempt, or no such move), -2 no such record.
-_PUT = """
-local state = redis.call('HGET', KEYS[1], 'state')
-if not state then return -2 end
-if ARGV[10] ~= '' and ARGV[10] ~= state then return -1 end
-local attempt = tonumber(redis.call('HGET', KEYS[1], 'attempt'))
-if tonumber(ARGV[6]) < attempt then return -1 end
-if ARGV[7] ~= '' then
-  local seq = tonumber(redis.call('HGET', KEYS[1], 'seq') or '0')
-  if tonumber(ARGV[6]) == attempt and tonumber(ARGV[7]) <= seq then return 0 end
-end
-local target = ARGV[2]
-if target ~= state then
-  local allowed = false
-  for _, move in ipairs(cjson.decode(ARGV[4])[state]) do
-    if move == target then allowed = true end
-  end
-  if not allowed then return -1 end
-end
-redis.call('HSET', KEYS[1], 'state', target, 'attempt', ARGV[6])
-if ARGV[7] ~= '' then redis.call('HSET', KEYS[1], 'seq', ARGV[7]) end
-for i = 11, #ARGV, 2 do redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
-if target ~= state then
-  redis.call('ZREM', KEYS[4], ARGV[1])
-  local host = redis.call('HGET', KEYS[1], 'host') or ''
-  local batch = redis.call('HGET', KEYS[1], 'batch') or ''
-  local terminal = false
-  for _, name in ipairs(cjson.decode(ARGV[5])) do
-    if name == target then terminal = true end
-  end
-  if terminal then
-    redis.call('HSETNX', KEYS[1], 'ended_at', ARGV[3])
-    redis.call('EXPIRE', KEYS[1], ARGV[8])
-    redis.call('SREM', KEYS[3], ARGV[1])
-  end
-  redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[9], '*',
-             'id', ARGV[1], 'batch', batch, 'state', target, 'host', host, 't', ARGV[3])
-end
-return 1
-"""
-
-# KEYS: record, events, sandboxes of the host, queued.  ARGV: id, host, attempt, now, length of the stream.
-# Answers: 1 claimed, 2 was mine already, 0 not to be had.
-_CLAIM = """
-local state = redis.call('HGET', KEYS[1], 'state')
-local attempt = redis.call('HGET', KEYS[1], 'attempt')
-if not state or attempt ~= ARGV[3] or redis.call('HGET', KEYS[1], 'removed') then return 0 end
-if state == 'placed' and redis.call('HGET', KEYS[1], 'host') == ARGV[2] then return 2 end
-if state ~= 'queued' then return 0 end
-redis.call('HSET', KEYS[1], 'state', 'placed', 'host', ARGV[2], 'placed_at', ARGV[4])
-redis.call('SADD', KEYS[3], ARGV[1])
-redis.call('ZREM', KEYS[4], ARGV[1])
-redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[5], '*', 'id', ARGV[1],
-           'batch', redis.call('HGET', KEYS[1], 'batch') or '', 'state', 'placed',
-           'host', ARGV[2], 't', ARGV[4])
-return 1
-"""
-
-# KEYS: record. Only where there is one: a field by itself would make a record without an end.
-_MARK = "if redis.call('EXISTS', KEYS[1]) == 1 then redis.call('HSET', KEYS[1], 'removed', '1') end"
-
-# KEYS: owner of a host's name.  ARGV: owner, seconds.
-_NAME = """
-local owner = redis.call('GET', KEYS[1])
-if owner and owner ~= ARGV[1] then return 0 end
-redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])
-return 1
-"""
 
 
 @dataclass(frozen=True)
@@ -122,60 +43,15 @@ class Wish:
     placed_at_s: float
 
 
-def connect(settings: Settings, *, patient: bool = False) -> "redis.Redis":
-    """A client of the broker's Redis; `patient` ones outlive a short restart of it.
-
-    Raises:
-        BadInput: The broker's URL has an option that is none.
-    """
-    url = settings.broker_url or f"unix://{settings.broker_socket}"
-    url = url.replace("redis+socket://", "unix://", 1)
-    retry = Retry(ExponentialBackoff(cap=1.0, base=0.05), 8 if patient else 0)
-    try:
-        return redis.Redis.from_url(
-            url,
-            decode_responses=True,
-            socket_timeout=30 if patient else 4,
-            socket_connect_timeout=4,
-            retry=retry,
-        )
-    except ValueError as error:
-        raise BadInput(f"broker {public_url(settings)}", str(error), "check SANDBATCH_BROKER_URL") from None
-
-
-def check(client: "redis.Redis", settings: Settings) -> None:
-    """Ask the broker for a sign of life.
-
-    Raises:
-        BrokerError: None within some seconds; the error names the URL without its password.
-        BadInput: The broker's URL has an option that is none.
-    """
-    try:
-        client.ping()
-    except (redis.RedisError, OSError) as error:
-        raise BrokerError(f"broker {public_url(settings)}", _reason(error), _todo(settings)) from None
-    except TypeError as error:  # redis-py makes an argument of whatever stands behind the `?`
-        raise BadInput(f"broker {public_url(settings)}", str(error), "check SANDBATCH_BROKER_URL") from None
-
-
-def public_url(settings: Settings) -> str:
-    """The broker's URL without its password."""
-    url = settings.broker_url or f"redis+socket://{settings.broker_socket}"
-    scheme, _, rest = url.partition("://")
-    login, at, place = re.sub(r"(?<=[?&]password=)[^&]*", "***", rest).rpartition("@")
-    user = login.partition(":")[0]
-    return f"{scheme}://{user + ':***@' if at else ''}{place}"
-
-
 class Record:
     """The record of all sandboxes, behind one connection."""
 
     def __init__(self, client: "redis.Redis") -> None:
         self.client = client
-        self._put = client.register_script(_PUT)
-        self._claim = client.register_script(_CLAIM)
-        self._mark = client.register_script(_MARK)
-        self._name = client.register_script(_NAME)
+        self._put = client.register_script(PUT)
+        self._claim = client.register_script(CLAIM)
+        self._mark = client.register_script(MARK)
+        self._name = client.register_script(NAME)
 
     # -- sandboxes ---------------------------------------------------------------------------------
 
@@ -217,7 +93,7 @@ class Record:
         """Move a record; see the script for the answers."""
         flat = [part for pair in fields.items() for part in pair]
         keys = [_key(container_id), EVENTS, _host_key(host) + ":sandboxes", QUEUED]
-        args: list[str | int] = [container_id, str(state), now(), _MOVES_JSON, _TERMINAL_JSON, attempt]
+        args: list[str | int] = [container_id, str(state), now(), MOVES_JSON, TERMINAL_JSON, attempt]
         args += ["" if seq is None else seq, TERMINAL_KEPT_S, EVENTS_KEPT, str(only_from or "")]
         return int(self._put(keys=keys, args=[*args, *flat]))
 
@@ -389,78 +265,9 @@ class Record:
         self.client.delete(_host_key(host), _host_key(host) + ":owner")
 
 
-def view(journal: Journal) -> tuple[State, dict[str, str]]:
-    """What a journal says, as state and fields of a record."""
-    facts = journal.facts
-    fields = {"stages": json.dumps([run.__dict__ for run in journal.runs])}
-    ips = journal.data.get("network", {}).get("ips", [])
-    if ips:
-        fields |= {"ip": ips[0], "ips": json.dumps(ips)}
-    for name in ("exit_code", "running_at", "ended_at"):
-        if facts.get(name) is not None:
-            fields[name] = str(facts[name])
-    if facts.get("error"):
-        fields["error"] = json.dumps(facts["error"])
-    current = [run.name for run in journal.runs if run.verb == "do"]
-    fields["stage"] = current[-1] if current else ""
-    return _state(journal), fields
-
-
-def shape(raw: dict[str, str]) -> dict[str, Any]:
-    """A record in the shape of `--json` of a sandbox (CLI.md)."""
-    spec = json.loads(raw.get("spec") or "{}")
-    stages = [{"do|undo": run["verb"], **run} for run in json.loads(raw.get("stages") or "[]")]
-    return {
-        "id": raw["id"],
-        "batch": raw.get("batch"),
-        "labels": spec.get("labels", {}),
-        "state": raw["state"],
-        "stage": raw.get("stage") or None,
-        "attempt": int(raw.get("attempt") or 1),
-        "host": raw.get("host") or spec.get("host"),
-        "network": spec.get("network"),
-        "ip": raw.get("ip"),
-        "ips": json.loads(raw.get("ips") or "[]"),
-        "image": spec.get("rootfs"),
-        "args": spec.get("args", []),
-        "created_at": raw.get("created_at"),
-        "running_at": raw.get("running_at"),
-        "ended_at": raw.get("ended_at"),
-        "exit_code": int(raw["exit_code"]) if raw.get("exit_code") else None,
-        "error": json.loads(raw["error"]) if raw.get("error") else None,
-        "removed": raw.get("removed") == "1",
-        "stages": stages,
-        "spec": spec,
-    }
-
-
-def _state(journal: Journal) -> State:
-    if journal.final:
-        return State(journal.final)
-    if journal.facts.get("stuck"):
-        return State.STUCK
-    if journal.is_unwinding:
-        return State.UNDOING if journal.facts["wanted"] == State.FAILED else State.STOPPING
-    if journal.is_done("ready"):
-        return State.RUNNING
-    return State.LAUNCHING
-
-
 def _key(container_id: str) -> str:
     return f"{PREFIX}sb:{container_id}"
 
 
 def _host_key(host: str) -> str:
     return f"{PREFIX}host:{host}"
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, redis.AuthenticationError):
-        return "refused the password"
-    return str(error).split("\n")[0][:200] or type(error).__name__
-
-
-def _todo(settings: Settings) -> str:
-    if settings.is_broker_embedded:
-        return "start it with sandbatch up, or name another with SANDBATCH_BROKER_URL"
-    return "check SANDBATCH_BROKER_URL and that the broker runs"

@@ -10,8 +10,9 @@ from celery import Celery
 from kombu.exceptions import KombuError
 
 from tasks.app import options
+from tasks.connection import public_url
 from tasks.messages import Order
-from tasks.record import Record, public_url
+from tasks.record import Record
 from tasks.state import TERMINAL, State
 from worker.errors import BadInput, BrokerError
 from worker.settings import Settings

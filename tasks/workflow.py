@@ -17,8 +17,9 @@ from celery.canvas import Signature
 from celery.exceptions import Ignore, Reject
 
 from tasks.app import make_app, options, settings
+from tasks.connection import connect
 from tasks.messages import Order, read_order
-from tasks.record import Record, connect
+from tasks.record import Record
 from tasks.state import State
 from worker import journal as journals
 from worker.errors import Busy, JournalError, SandbatchError

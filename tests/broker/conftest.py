@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import redis
 
+from cli.main import main
 from tasks.app import make_app
 from tasks.broker import embedded_broker
-from tasks.record import Record, connect
+from tasks.connection import connect
+from tasks.record import Record
 from worker.journal import boot_id
 from worker.settings import Settings
 
@@ -61,9 +63,15 @@ def sender(client: "redis.Redis", broker: Settings) -> Iterator[Any]:
 
 @dataclass
 class CommandLine:
-    """`sandbatch` as a program: what it printed and how it ended."""
+    """`sandbatch`: what it printed and how it ended.
+
+    A call runs within the test's process, as half a second for each would be too much; `process`
+    and `python` are what a user runs.
+    """
 
     settings: Settings
+    monkeypatch: pytest.MonkeyPatch
+    capsys: "pytest.CaptureFixture[str]"
 
     @property
     def environment(self) -> dict[str, str]:
@@ -78,7 +86,7 @@ class CommandLine:
             "SANDBATCH_ROOTFS_ALLOW": json.dumps([str(path) for path in self.settings.rootfs_allow]),
         }
 
-    def python(self, *args: str, **env: str) -> "subprocess.CompletedProcess[str]":
+    def python(self, *args: str | bytes, **env: str) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
             [sys.executable, *args],
             capture_output=True,
@@ -88,10 +96,22 @@ class CommandLine:
             check=False,
         )
 
-    def __call__(self, *args: str, **env: str) -> "subprocess.CompletedProcess[str]":
+    def process(self, *args: str | bytes, **env: str) -> "subprocess.CompletedProcess[str]":
         done = self.python("-m", "cli", *args, **env)
         assert "Traceback" not in done.stderr, done.stderr
         return done
+
+    def __call__(self, *args: str | bytes, **env: str) -> "subprocess.CompletedProcess[str]":
+        words = [os.fsdecode(one) for one in args]
+        with self.monkeypatch.context() as patch:
+            for name in os.environ:
+                patch.delenv(name)
+            for name, value in {**self.environment, **env}.items():
+                patch.setenv(name, value)
+            patch.setattr(sys, "argv", ["sandbatch", *words])
+            with pytest.raises(SystemExit) as ended:
+                main()
+        return subprocess.CompletedProcess(words, int(ended.value.code or 0), *self.capsys.readouterr())
 
     def json(self, *args: str) -> Any:
         done = self(*args, "--json")
@@ -100,8 +120,13 @@ class CommandLine:
 
 
 @pytest.fixture
-def cli(broker: Settings, client: "redis.Redis") -> CommandLine:
-    return CommandLine(broker)
+def cli(
+    broker: Settings,
+    client: "redis.Redis",
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: "pytest.CaptureFixture[str]",
+) -> CommandLine:
+    return CommandLine(broker, monkeypatch, capsys)
 
 
 @pytest.fixture

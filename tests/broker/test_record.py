@@ -6,7 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tasks import record as records
-from tasks.record import EVENTS, SANDBOXES, TERMINAL_KEPT_S, Record, check, connect, public_url
+from tasks.connection import check, connect, public_url
+from tasks.record import EVENTS, SANDBOXES, TERMINAL_KEPT_S, Record
 from tasks.state import MOVES, TERMINAL, State
 from worker import journal as journals
 from worker.errors import BadInput, BrokerError

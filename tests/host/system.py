@@ -16,7 +16,8 @@ from typing import Any
 
 import redis
 
-from tasks.record import Record, connect
+from tasks.connection import connect
+from tasks.record import Record
 from worker.settings import Settings
 
 START_S = 40.0

@@ -6,7 +6,7 @@ import signal
 import time
 from pathlib import Path
 
-from tasks.record import connect
+from tasks.connection import connect
 from tests.host.conftest import SUBNETS
 from tests.host.system import SERVER, System
 from tests.storm.system import StormSystem, parent_of

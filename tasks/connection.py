@@ -1,0 +1,67 @@
+"""The connection to the broker's Redis, and what is said of it to people."""
+
+import re
+
+import redis
+from redis.backoff import ExponentialBackoff
+from redis.retry import Retry
+
+from worker.errors import BadInput, BrokerError
+from worker.settings import Settings
+
+
+def connect(settings: Settings, *, patient: bool = False) -> "redis.Redis":
+    """A client of the broker's Redis; `patient` ones outlive a short restart of it.
+
+    Raises:
+        BadInput: The broker's URL has an option that is none.
+    """
+    url = settings.broker_url or f"unix://{settings.broker_socket}"
+    url = url.replace("redis+socket://", "unix://", 1)
+    retry = Retry(ExponentialBackoff(cap=1.0, base=0.05), 8 if patient else 0)
+    try:
+        return redis.Redis.from_url(
+            url,
+            decode_responses=True,
+            socket_timeout=30 if patient else 4,
+            socket_connect_timeout=4,
+            retry=retry,
+        )
+    except ValueError as error:
+        raise BadInput(f"broker {public_url(settings)}", str(error), "check SANDBATCH_BROKER_URL") from None
+
+
+def check(client: "redis.Redis", settings: Settings) -> None:
+    """Ask the broker for a sign of life.
+
+    Raises:
+        BrokerError: None within some seconds; the error names the URL without its password.
+        BadInput: The broker's URL has an option that is none.
+    """
+    try:
+        client.ping()
+    except (redis.RedisError, OSError) as error:
+        raise BrokerError(f"broker {public_url(settings)}", _reason(error), _todo(settings)) from None
+    except TypeError as error:  # redis-py makes an argument of whatever stands behind the `?`
+        raise BadInput(f"broker {public_url(settings)}", str(error), "check SANDBATCH_BROKER_URL") from None
+
+
+def public_url(settings: Settings) -> str:
+    """The broker's URL without its password."""
+    url = settings.broker_url or f"redis+socket://{settings.broker_socket}"
+    scheme, _, rest = url.partition("://")
+    login, at, place = re.sub(r"(?<=[?&]password=)[^&]*", "***", rest).rpartition("@")
+    user = login.partition(":")[0]
+    return f"{scheme}://{user + ':***@' if at else ''}{place}"
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, redis.AuthenticationError):
+        return "refused the password"
+    return str(error).split("\n")[0][:200] or type(error).__name__
+
+
+def _todo(settings: Settings) -> str:
+    if settings.is_broker_embedded:
+        return "start it with sandbatch up, or name another with SANDBATCH_BROKER_URL"
+    return "check SANDBATCH_BROKER_URL and that the broker runs"

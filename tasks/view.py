@@ -1,0 +1,64 @@
+"""A journal as the record has it, and a record as `--json` shows it (CLI.md)."""
+
+import json
+from typing import Any
+
+from tasks.state import State
+from worker.journal import Journal
+
+
+def view(journal: Journal) -> tuple[State, dict[str, str]]:
+    """What a journal says, as state and fields of a record."""
+    facts = journal.facts
+    fields = {"stages": json.dumps([run.__dict__ for run in journal.runs])}
+    ips = journal.data.get("network", {}).get("ips", [])
+    if ips:
+        fields |= {"ip": ips[0], "ips": json.dumps(ips)}
+    for name in ("exit_code", "running_at", "ended_at"):
+        if facts.get(name) is not None:
+            fields[name] = str(facts[name])
+    if facts.get("error"):
+        fields["error"] = json.dumps(facts["error"])
+    current = [run.name for run in journal.runs if run.verb == "do"]
+    fields["stage"] = current[-1] if current else ""
+    return _state(journal), fields
+
+
+def shape(raw: dict[str, str]) -> dict[str, Any]:
+    """A record in the shape of `--json` of a sandbox (CLI.md)."""
+    spec = json.loads(raw.get("spec") or "{}")
+    stages = [{"do|undo": run["verb"], **run} for run in json.loads(raw.get("stages") or "[]")]
+    return {
+        "id": raw["id"],
+        "batch": raw.get("batch"),
+        "labels": spec.get("labels", {}),
+        "state": raw["state"],
+        "stage": raw.get("stage") or None,
+        "attempt": int(raw.get("attempt") or 1),
+        "host": raw.get("host") or spec.get("host"),
+        "network": spec.get("network"),
+        "ip": raw.get("ip"),
+        "ips": json.loads(raw.get("ips") or "[]"),
+        "image": spec.get("rootfs"),
+        "args": spec.get("args", []),
+        "created_at": raw.get("created_at"),
+        "running_at": raw.get("running_at"),
+        "ended_at": raw.get("ended_at"),
+        "exit_code": int(raw["exit_code"]) if raw.get("exit_code") else None,
+        "error": json.loads(raw["error"]) if raw.get("error") else None,
+        "removed": raw.get("removed") == "1",
+        "stages": stages,
+        "spec": spec,
+    }
+
+
+def _state(journal: Journal) -> State:
+    if journal.final:
+        return State(journal.final)
+    if journal.facts.get("stuck"):
+        return State.STUCK
+    if journal.is_unwinding:
+        return State.UNDOING if journal.facts["wanted"] == State.FAILED else State.STOPPING
+    if journal.is_done("ready"):
+        return State.RUNNING
+    return State.LAUNCHING
