@@ -13,7 +13,7 @@ from rich.live import Live
 
 from cli import output, render
 from cli.client import Client, pair, shown
-from cli.output import err, errors_for_humans, out, print_json, say
+from cli.output import err, errors_for_humans, one_line, out, print_json, say
 from tasks.state import TERMINAL, State
 from worker.errors import BadInput
 from worker.settings import load_settings
@@ -302,14 +302,11 @@ def rm(
     with errors_for_humans():
         client = Client(load_settings())
         if everything:
+            if ids or batch is not None:
+                raise BadInput("--all", "ids or --batch are given as well", "give one of the three")
             rows = [row for row in client.select() if not row["removed"]]
         else:
-            try:
-                rows = _named(client, ids, batch)
-            except BadInput:
-                if not force:
-                    raise
-                rows = []
+            rows = _named(client, ids, batch, unknown_ok=force)
         remove(client.app(), client.record, rows)
         names = [row["id"] for row in rows]
         states = {} if no_wait else _wait(client, names, "gone", None)
@@ -330,18 +327,38 @@ def main() -> None:
     except typer.TyperException as error:  # typer's own words about the arguments, in our one line
         words = getattr(error, "format_message", error.__str__)().rstrip(".")
         command = "" if sys.argv[1].startswith("-") else sys.argv[1]
-        say(
-            f"sandbatch: {command or 'arguments'}: {words}; see sandbatch {command} --help".replace("  ", " ")
-        )
+        text = f"sandbatch: {command or 'arguments'}: {words}; see sandbatch {command} --help"
+        say(one_line(text.replace("  ", " ")))
         sys.exit(2)
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
 
 
-def _named(client: Client, ids: list[str] | None, batch: str | None) -> list[dict[str, Any]]:
+def _mend(as_json: bool) -> typer.Exit:
+    """Mend, and print what is removed and what is left; the exit."""
+    from worker.mend import mend
+
+    outcomes = mend(load_settings())
+    if as_json:
+        rows = [{**one.finding.__dict__, "mended": one.mended, "why": one.why} for one in outcomes]
+        print_json(rows)
+    elif outcomes:
+        table = render.table("KIND", "OBJECT", "PROBLEM", "SANDBOX", "MENDED", "WHY")
+        for one in outcomes:
+            found, answer = one.finding, "removed" if one.mended else "NO"
+            table.add_row(found.kind, found.name, found.problem, found.container_id or "-", answer, one.why)
+        out.print(table)
+    left = sum(not one.mended for one in outcomes)
+    say(f"audit: {len(outcomes) - left} mended, {left} left" if outcomes else "audit: clean")
+    return typer.Exit(1 if left else 0)
+
+
+def _named(
+    client: Client, ids: list[str] | None, batch: str | None, *, unknown_ok: bool = False
+) -> list[dict[str, Any]]:
     if not ids and batch is None:
         raise BadInput("ID", "none given", "name ids, or --batch")
-    return client.select(ids or (), batch=batch)
+    return client.select(ids or (), batch=batch, unknown_ok=unknown_ok)
 
 
 def _wait(client: Client, ids: list[str], goal: str, timeout_s: float | None) -> dict[str, str]:

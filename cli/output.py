@@ -30,9 +30,14 @@ def print_json(document: Any) -> None:
     print(json.dumps(document, indent=2, ensure_ascii=False))
 
 
+def one_line(text: str) -> str:
+    """The text with what would break its line, or is no text, written as Python writes it."""
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+
+
 def fail(what: str, why: str, todo: str, code: int) -> typer.Exit:
     """Print the one line of an error; raise what this returns."""
-    say(f"sandbatch: {what}: {why}" + (f"; {todo}" if todo else ""))
+    say(one_line(f"sandbatch: {what}: {why}" + (f"; {todo}" if todo else "")))
     return typer.Exit(code)
 
 
@@ -44,7 +49,7 @@ def errors_for_humans() -> Iterator[None]:
     except SandbatchError as error:
         if debug:
             traceback.print_exc()
-        say(f"sandbatch: {error}")
+        say(one_line(f"sandbatch: {error}"))
         raise typer.Exit(error.exit_code) from None
     except (redis.RedisError, OperationalError) as error:
         if debug:
