@@ -334,25 +334,6 @@ def main() -> None:
         sys.exit(130)
 
 
-def _mend(as_json: bool) -> typer.Exit:
-    """Mend, and print what is removed and what is left; the exit."""
-    from worker.mend import mend
-
-    outcomes = mend(load_settings())
-    if as_json:
-        rows = [{**one.finding.__dict__, "mended": one.mended, "why": one.why} for one in outcomes]
-        print_json(rows)
-    elif outcomes:
-        table = render.table("KIND", "OBJECT", "PROBLEM", "SANDBOX", "MENDED", "WHY")
-        for one in outcomes:
-            found, answer = one.finding, "removed" if one.mended else "NO"
-            table.add_row(found.kind, found.name, found.problem, found.container_id or "-", answer, one.why)
-        out.print(table)
-    left = sum(not one.mended for one in outcomes)
-    say(f"audit: {len(outcomes) - left} mended, {left} left" if outcomes else "audit: clean")
-    return typer.Exit(1 if left else 0)
-
-
 def _named(
     client: Client, ids: list[str] | None, batch: str | None, *, unknown_ok: bool = False
 ) -> list[dict[str, Any]]:
