@@ -125,13 +125,30 @@ def flower(
 
 
 @app.command(epilog="Example: sandbatch audit --json")
-def audit(as_json: Json = False) -> None:
+def audit(
+    as_json: Json = False,
+    mend: Annotated[
+        bool, typer.Option("--mend", help="Remove what is ours and provably dead, then look again.")
+    ] = False,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Ask the CNI plugins, too, whether attachments are as made.")
+    ] = False,
+) -> None:
     """Compare this host with its journals: prints what should not be there or is missing; 0 if clean."""
     from worker.audit import audit as look
 
     with errors_for_humans():
         _need_root("audit")
-        findings = look(load_settings())
+        if mend and deep:
+            raise BadInput("--mend --deep", "one at a time", "mend first")
+        if mend:
+            raise _mend(as_json)
+        settings = load_settings()
+        findings = look(settings)
+        if deep:
+            from worker.deep import check_all
+
+            findings += check_all(settings)
         if as_json:
             print_json([finding.__dict__ for finding in findings])
         elif findings:
@@ -139,8 +156,9 @@ def audit(as_json: Json = False) -> None:
             for one in findings:
                 table.add_row(one.kind, one.name, one.problem, one.container_id or "-", one.detail)
             out.print(table)
-        say("audit: clean" if not findings else f"audit: {len(findings)} found")
-        if findings:
+        bad = [one for one in findings if one.is_bad]
+        say("audit: clean" if not bad else f"audit: {len(bad)} found")
+        if bad:
             raise typer.Exit(1)
 
 
@@ -332,6 +350,25 @@ def main() -> None:
         sys.exit(2)
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
+
+
+def _mend(as_json: bool) -> typer.Exit:
+    """Mend, and print what is removed and what is left; the exit."""
+    from worker.mend import mend
+
+    outcomes = mend(load_settings())
+    if as_json:
+        rows = [{**one.finding.__dict__, "mended": one.mended, "why": one.why} for one in outcomes]
+        print_json(rows)
+    elif outcomes:
+        table = render.table("KIND", "OBJECT", "PROBLEM", "SANDBOX", "MENDED", "WHY")
+        for one in outcomes:
+            found, answer = one.finding, "removed" if one.mended else "NO"
+            table.add_row(found.kind, found.name, found.problem, found.container_id or "-", answer, one.why)
+        out.print(table)
+    left = sum(not one.mended for one in outcomes)
+    say(f"audit: {len(outcomes) - left} mended, {left} left" if outcomes else "audit: clean")
+    return typer.Exit(1 if left else 0)
 
 
 def _named(

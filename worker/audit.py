@@ -19,21 +19,29 @@ from worker.spec import CONTAINER_ID
 from worker.stages import IF_NAME
 from worker.subnet import LIBCNI_DIR, NAME
 
-ID_PART = re.compile(r"sb-[0-9a-f]{16}")
+ID_PART = re.compile(r"(?<![0-9a-zA-Z])sb-[0-9a-f]{16}(?![0-9a-zA-Z])")
 CHAIN = re.compile(r"^:(CNI-[0-9a-f]{24}) ", re.MULTILINE)
 OUR_VETH = re.compile(r"^veth[0-9a-f]{8}$")  # as the bridge plugin names the host's end
+UNREADABLE = "audit --mend undoes what the sandbox holds, and keeps the file"
 MASQUERADE_TABLE = "cni_plugins_masquerade"  # of plugins that work through nftables
 
 
 @dataclass(frozen=True, order=True)
 class Finding:
-    """One object: `problem` is "extra", "missing", "stuck" or "unreadable"."""
+    """One object: `problem` is "extra", "missing", "stuck" or "unreadable".
+
+    Of `audit --deep` also "changed", and what is no fault: "expected" and "skipped".
+    """
 
     kind: str
     name: str
     problem: str
     container_id: str
     detail: str
+
+    @property
+    def is_bad(self) -> bool:
+        return self.problem not in ("expected", "skipped")
 
 
 @dataclass
@@ -83,9 +91,10 @@ def _look(settings: Settings) -> set[Finding]:
     networks = list_networks((settings.own_cni_conf_dir, settings.cni_conf_dir))[0]
     look = _Look(settings, {known.container_id: known for known in journals}, networks)
     for error in errors:
-        if not (Path(error.what) / journal.FILE).exists() and Path(error.what).is_dir():
+        if Path(error.what).name != journal.FILE:
             continue  # a folder without a journal: see _files
-        look._add("journal", error.what, "unreadable", Path(error.what).name, error.why)
+        container_id = Path(error.what.removesuffix(f"/{journal.FILE}")).name
+        look._add("journal", error.what, "unreadable", container_id, f"{error.why}; {UNREADABLE}")
     for known in journals:
         stuck = known.facts.get("stuck")
         if stuck and not known.final:
@@ -124,11 +133,11 @@ def _network_objects(look: _Look, done: dict[str, Journal]) -> None:
     attached = {one: known for one, known in done.items() if "network" in known.data}
     due_entries = {f"{known.spec.network}-{one}-{IF_NAME}": one for one, known in attached.items()}
     look.compare("cni cache", "network", {one.path.name: one.container_id for one in entries}, due_entries)
-    look.compare("cni cache", "network", _half_written(look))
+    look.compare("cni cache", "network", half_written(look.settings))
     leases = _leases(look)
     due_leases: dict[str, str] = {}
     for container_id, known in attached.items():
-        folder = _lease_folder(look.networks.get(known.spec.network), settings)
+        folder = lease_folder(look.networks.get(known.spec.network), settings)
         if folder is not None:
             due_leases |= {str(folder / ip): container_id for ip in known.data["network"]["ips"]}
     look.compare("lease", "network", leases, due_leases)
@@ -136,7 +145,7 @@ def _network_objects(look: _Look, done: dict[str, Journal]) -> None:
     _chains(look, attached)
 
 
-def _lease_folder(network: Network | None, settings: Settings) -> Path | None:
+def lease_folder(network: Network | None, settings: Settings) -> Path | None:
     """Where host-local keeps the leases of a network; None if it uses another IPAM plugin."""
     if network is None:
         return None
@@ -147,16 +156,23 @@ def _lease_folder(network: Network | None, settings: Settings) -> Path | None:
     return None
 
 
-def _half_written(look: _Look) -> dict[str, str]:
-    """Cache entries that a killed writer left beside the cache; DEL removes them."""
-    folder = look.settings.cni_cache_dir
-    names = os.listdir(folder) if folder.is_dir() else []
-    return {name: ID_PART.findall(name)[0] for name in names if name[0] == "." and ID_PART.search(name)}
+def half_written(settings: Settings) -> dict[str, str]:
+    """Cache entries of our ids that no DEL will read: torn ones, and those that a killed writer left
+    beside the cache."""
+    folder, found = settings.cni_cache_dir, {}
+    for name in os.listdir(folder) if folder.is_dir() else []:
+        if name[0] == "." and ID_PART.search(name):
+            found[name] = ID_PART.findall(name)[0]
+    results = folder / "results"
+    for name in os.listdir(results) if results.is_dir() else []:
+        if ID_PART.search(name) and cni_cache.read(results / name) is None and (results / name).exists():
+            found[name] = ID_PART.findall(name)[0]
+    return found
 
 
 def _leases(look: _Look) -> dict[str, str]:
     """Leases of our ids everywhere, and all leases of our own network."""
-    folders = {_lease_folder(network, look.settings): network.name for network in look.networks.values()}
+    folders = {lease_folder(network, look.settings): network.name for network in look.networks.values()}
     found = {}
     for folder, name in folders.items():
         if folder is None or not folder.is_dir():
@@ -165,9 +181,9 @@ def _leases(look: _Look) -> dict[str, str]:
             if file.name == "lock" or file.name.startswith("last_reserved_ip"):
                 continue
             try:
-                owner = file.read_text().split("\n")[0].strip()
-            except FileNotFoundError:
-                continue  # freed just now
+                owner = file.read_text(errors="replace").split("\n")[0].strip()
+            except OSError:
+                continue  # freed just now, or no lease
             if CONTAINER_ID.fullmatch(owner) or name == NAME:
                 found[str(file)] = owner
     return found
@@ -226,25 +242,31 @@ def chain_name(network: str, container_id: str) -> str:
 
 
 def _chains(look: _Look, attached: dict[str, Journal]) -> None:
-    if shutil.which("iptables-save"):
-        text = _output("iptables-save", "-t", "nat")
-        owners = {chain_name(known.spec.network, one): one for one, known in look.journals.items()}
-        found = {}
+    owners = {chain_name(known.spec.network, one): one for one, known in look.journals.items()}
+    found: dict[str, str] = {}
+    for program in nat_programs():
+        text = output(f"{program}-save", "-t", "nat")
         for chain in CHAIN.findall(text):
             rules = [line for line in text.splitlines() if chain in line and not line.startswith(":")]
             ids = ID_PART.findall("\n".join(rules))
             if chain in owners or ids or f'name: \\"{NAME}\\"' in "\n".join(rules) or not rules:
                 found[chain] = owners.get(chain) or (ids[0] if ids else "")
-        due = {}
-        for container_id, known in attached.items():
-            network = look.networks.get(known.spec.network)
-            if network and _masquerades_by_iptables(network):
-                due[chain_name(known.spec.network, container_id)] = container_id
-        look.compare("nat chain", "network", found, due)
-    if shutil.which("nft") and MASQUERADE_TABLE in _output("nft", "list", "tables"):
-        text = _output("nft", "list", "table", "inet", MASQUERADE_TABLE)
+    due = {}
+    for container_id, known in attached.items() if nat_programs() else ():
+        network = look.networks.get(known.spec.network)
+        if network and _masquerades_by_iptables(network):
+            due[chain_name(known.spec.network, container_id)] = container_id
+    look.compare("nat chain", "network", found, due)
+    if shutil.which("nft") and MASQUERADE_TABLE in output("nft", "list", "tables"):
+        text = output("nft", "list", "table", "inet", MASQUERADE_TABLE)
         rules_of = {f"{MASQUERADE_TABLE} {one}": one for one in ID_PART.findall(text)}
         look.compare("nft rule", "network", rules_of)
+
+
+def nat_programs() -> list[str]:
+    """iptables, and that of IPv6 where the kernel has it."""
+    programs = ["iptables", *(["ip6tables"] if Path("/proc/net/if_inet6").exists() else [])]
+    return [one for one in programs if shutil.which(f"{one}-save")]
 
 
 def _masquerades_by_iptables(network: Network) -> bool:
@@ -255,7 +277,13 @@ def _masquerades_by_iptables(network: Network) -> bool:
 def _files(look: _Look, done: dict[str, Journal]) -> None:
     settings = look.settings
     for folder in sorted(settings.sandboxes_dir.iterdir()) if settings.sandboxes_dir.is_dir() else []:
-        if folder.name not in look.journals and not (folder / journal.FILE).exists():
+        if folder.name in look.journals or os.path.lexists(folder / journal.FILE):
+            continue
+        aside = journal.set_aside_files(folder)
+        for file in aside:
+            kind = file.name.removeprefix(f"{journal.FILE}.").rpartition("-")[0]
+            look._add("journal", str(file), "unreadable", folder.name, f"set aside: {kind}; {UNREADABLE}")
+        if not aside:
             look._add("folder", str(folder), "extra", folder.name, "it has no journal")
     configs = {str(known.bundle / "config.json"): one for one, known in done.items()}
     look.compare(
@@ -297,7 +325,12 @@ def _mounts_and_cgroups(look: _Look) -> None:
     look.compare("cgroup", "container", cgroups)
 
 
-def _output(*argv: str) -> str:
+def output(*argv: str) -> str:
+    """What a program of the host prints.
+
+    Raises:
+        SandbatchError: Its last words.
+    """
     done = process.run(argv, timeout_s=30)
     if done.returncode:
         raise SandbatchError(

@@ -75,6 +75,13 @@ def list_netns() -> list[str]:
         return []
 
 
+def links_in(path: Path) -> list[Any]:
+    """The links of another netns, as pyroute2 has them."""
+    found: list[Any] = []
+    _inside(path, lambda ipr: found.extend(ipr.get_links()))
+    return found
+
+
 @contextlib.contextmanager
 def world_put_back(path: Path, if_name: str, result: dict[str, Any]) -> Iterator[None]:
     """`put_world_back` for the time of a DEL: what was made for it and is left after it goes again.
