@@ -183,6 +183,9 @@ class _Work:
         _remove_bundle(folder / "bundle")
         if path.is_symlink():
             path.unlink()  # never through it: it may lead to the netns of another
+        if path.exists() and not netns.netns_exists(container_id) and (pid := _mounted_elsewhere(path)):
+            words = f"as process {pid} sees it, there is a netns: it is in another mount namespace"
+            raise SandbatchError(f"netns {container_id}", words, "mend from there")
         if strangers := inhabitants(path):
             words = f"process {strangers[0]} lives in it, and is none of the sandbox's"
             raise SandbatchError(f"netns {container_id}", words, "end it, then mend again")
@@ -253,8 +256,10 @@ def detach_orphan(cni: CniRuntime, entry: CacheEntry, entries: list[CacheEntry])
     Raises:
         SandbatchError: A plugin's words, or the entry's configuration cannot be read.
     """
-    taken = {address for one in entries if one.container_id != entry.container_id for address in _ips(one)}
-    if taken & _ips(entry):
+    others_here = [
+        one for one in entries if one.network == entry.network and one.container_id != entry.container_id
+    ]
+    if any(_ips(one) & _ips(entry) for one in others_here):
         entry.path.unlink(missing_ok=True)
         return
     own, path = netns.netns_path(entry.container_id), Path(entry.netns)
@@ -313,6 +318,19 @@ def inhabitants(path: Path) -> list[int]:
         except OSError:
             continue  # it has just ended
     return sorted(found)
+
+
+def _mounted_elsewhere(path: Path) -> str:
+    """A process that has a mount at this path in its mount namespace; empty if none has.
+
+    A name without a netns looks half-made from a container that only shares the folder; to unlink
+    it would take the netns from those who have it mounted.
+    """
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        points = (line.split(" ")[4] for line in _read(f"/proc/{pid}/mountinfo").splitlines())
+        if any(point.endswith(f"/netns/{path.name}") for point in points):
+            return pid
+    return ""
 
 
 def others(settings: Settings) -> dict[str, str]:

@@ -298,6 +298,22 @@ def test_a_netns_in_which_somebody_lives_is_left(clean_system: System, sandbox: 
     assert [row["mended"] for row in mend(clean_system)] == [True]
 
 
+def test_a_netns_of_another_mount_namespace_is_left(clean_system: System, sandbox: str):
+    """From a container that only shares the folder, its name looks half-made."""
+    script = f"ip netns add {ORPHAN} && echo done && read line"
+    argv = ["unshare", "--mount", "--propagation", "private", "sh", "-c", script]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert not netns.netns_exists(ORPHAN)
+        (row,) = mend(clean_system)
+        assert not row["mended"]
+        assert "another mount namespace" in str(row["why"])
+        assert netns.netns_path(ORPHAN).exists()
+        process.communicate(b"\n")
+    assert [row["mended"] for row in mend(clean_system)] == [True]
+
+
 def test_the_sandbox_of_another_sandbatch_is_left(clean_system: System, sandbox: str):
     """It has folders of its own, so no journal here; its process has another runsc root."""
     sh("ip", "netns", "add", OTHER)

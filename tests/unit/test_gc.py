@@ -252,3 +252,16 @@ def test_an_id_that_is_another_sandbatchs_is_named_with_its_reason(tmp_path):
             process.stdout.readline()
             assert (OTHER in mend.others(settings)) is is_other
             process.communicate(b"\n")
+
+
+def test_the_same_address_on_another_network_is_another_address(lab, monkeypatch):
+    """Two networks of one host may have the same private range."""
+    monkeypatch.setitem(IPS, STALE, IPS[LIVING])
+    lab.attach(STALE)
+    lab.attach(LIVING, lease=False)
+    lab.journal(LIVING)
+    entry = next(one for one in cni_cache.list_entries(lab.folder / "cni") if one.container_id == LIVING)
+    text = entry.path.read_text().replace('"networkName":"net"', '"networkName":"zzz"')
+    entry.path.unlink()
+    entry.path.with_name(f"zzz-{LIVING}-eth0").write_text(text)
+    assert said(lab.collect()[0])[:2] == [("DEL", "two", STALE), ("DEL", "one", STALE)]
