@@ -24,7 +24,7 @@ from tasks.connection import connect
 from tasks.gate import Gate
 from tasks.host_step import HostStep, host_owner
 from tasks.record import Record
-from worker import faults, reconcile
+from worker import faults, gc, reconcile
 from worker.errors import HostNotReady
 from worker.rootfs import host_rootfs
 from worker.settings import Settings
@@ -81,6 +81,7 @@ def run_worker(*, log_level: str = "INFO") -> None:
     faults.arm(current.faults, current.run_dir)
     take_name(current)
     HostStep.due_at_start = reconcile.at_start(current)  # before any message: it fences the old ones off
+    gc.collect(current)  # logs what fails, and keeps no worker from its work
     returned = take_back_messages()
     log.info("%d messages of the worker before are back in their queues", returned)
     workflow.app.steps["worker"].add(HostStep)

@@ -29,8 +29,12 @@ def sweep_host(app: Celery, record: Record, host: str, sandboxes_dir: Path, *, i
     for wish in record.wishes_on(host):
         folder = sandboxes_dir / wish.container_id
         if not (folder / journal.FILE).exists():
-            if wish.state != State.PLACED:
-                error = json.dumps({"stage": "place", "message": "the host has lost its journal"})
+            aside = journal.set_aside_files(folder)
+            if aside or wish.state != State.PLACED:
+                words = "the host has lost its journal"
+                if aside:
+                    words = f"journal unreadable: {aside[0].name}; sandbatch audit --mend undoes it"
+                error = json.dumps({"stage": "place", "message": words})
                 record.put(wish.container_id, State.FAILED, wish.attempt, {"error": error}, host=host)
             elif is_first or time.time() - wish.placed_at_s > LOST_S:
                 publish_place(app, [(wish.container_id, wish.attempt, host)])

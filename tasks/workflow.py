@@ -98,20 +98,18 @@ def place(self: "Task[Any, Any]", message: dict[str, Any]) -> dict[str, str]:
         raise Reject(error, requeue=True) from error
     try:
         spec = Spec.model_validate_json(known[0])
-    except ValueError as error:
-        reason = {"stage": "place", "message": f"the host refuses the spec: {error}"[:400]}
-        record().put(
-            order.container_id, State.FAILED, order.attempt, {"error": json.dumps(reason)}, host=host
-        )
-        raise
-    sandboxes = settings().sandboxes_dir
-    try:
+        sandboxes = settings().sandboxes_dir
         journals.create(sandboxes, order.container_id, attempt=order.attempt, batch=known[1], spec=spec)
-    except OSError as error:  # a full disk: what cannot be journaled is not begun
-        reason = {"stage": "place", "message": f"its journal cannot be written: {error.strerror}"}
-        fields = {"error": json.dumps(reason)}
-        record().put(order.container_id, State.FAILED, order.attempt, fields, host=host)
+    except ValueError as error:
+        _refuse(order, f"the host refuses the spec: {error}")
         raise
+    except OSError as error:  # a full disk: what cannot be journaled is not begun
+        _refuse(order, f"its journal cannot be written: {error.strerror}")
+        raise
+    except JournalError:
+        raise Ignore from None  # set aside: the sweep tells the record
+    except Busy as error:
+        raise _again(self, order, error) from error
     try:
         with journals.locked(sandboxes, order.container_id, wait_s=BUSY_WAIT_S) as journal:
             # An `rm` between claim and journal found nothing to undo here: only this look sees it.
@@ -125,6 +123,12 @@ def place(self: "Task[Any, Any]", message: dict[str, Any]) -> dict[str, str]:
     if journal.final:
         _tell_end(journal)
     return {"host": host}
+
+
+def _refuse(order: Order, message: str) -> None:
+    """End a sandbox at `place`: nothing of it has been begun."""
+    error = json.dumps({"stage": "place", "message": message[:400]})
+    record().put(order.container_id, State.FAILED, order.attempt, {"error": error}, host=settings().host)
 
 
 def _stage_task(name: str) -> None:

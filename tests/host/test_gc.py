@@ -94,3 +94,28 @@ def test_a_sandbox_whose_journal_cannot_be_read_keeps_its_network(system):
     )
     assert json.loads(system.cli("audit", "--mend", "--json").stdout)
     assert system.audit() == []
+
+
+def test_a_worker_collects_before_it_takes_work(system):
+    """What a lost journal left on our network does not wait for an operator."""
+    (living,) = system.run("--wait", *SERVER)
+    system.stop()
+    entry = system.folder / "cni" / "results" / f"bridged-{living}-eth0"
+    stale = entry.with_name("bridged-sb-00000000000000dd-eth0")
+    stale.write_text(entry.read_text().replace(living, "sb-00000000000000dd"))
+    system.start()
+    assert not stale.exists()
+    assert entry.exists()
+    assert system.audit() == []
+
+
+def test_the_record_of_a_journal_that_cannot_be_read_is_failed(system):
+    """Whoever asked for it learns that, and what the operator is to do."""
+    (bad,) = system.run("--wait", *SERVER)
+    system.stop()
+    (system.sandboxes / bad / FILE).write_text("")
+    system.start()
+    assert system.wait([bad], "terminal") == {bad: "failed"}
+    assert "journal unreadable: journal.jsonl.empty-" in system.show(bad)["error"]["message"]
+    system.cli("audit", "--mend")
+    assert system.audit() == []
