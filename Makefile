@@ -6,7 +6,7 @@ SOURCES := worker tasks cli tests bench
 export DEBIAN_FRONTEND := noninteractive
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint bench clean host test-host
+.PHONY: demo test lint storm bench clean host test-host
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -25,11 +25,17 @@ host: $(VENV)/.installed
 	@if [ "$$(id -u)" = 0 ]; then $(BIN)/sandbatch setup; fi
 
 # What the tests look at a host with.
-TEST_PROGRAMS := nft:nftables ip:iproute2
+TEST_PROGRAMS := nft:nftables ip:iproute2 podman:podman runc:runc busybox:busybox-static
 test-host: host
 	@for one in $(TEST_PROGRAMS); do \
 	  command -v $${one%%:*} >/dev/null || [ "$$(id -u)" != 0 ] || apt-get -qq install -y --no-install-recommends $${one##*:} >/dev/null || exit 1; \
 	done
+
+# Kills, hangs and full ranges by a seed; exit 0 only if nothing is left over, lost or doubled.
+SEED ?=
+KILLS ?= 1000
+storm: $(VENV)/.dev test-host
+	$(BIN)/python -m tests.storm --kills $(KILLS) $(if $(SEED),--seed $(SEED))
 
 bench: $(VENV)/.dev host
 	$(BIN)/python bench/launch.py

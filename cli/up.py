@@ -19,7 +19,7 @@ from worker.subnet import NAME, ensure_network
 
 UNDER_TINI = "SANDBATCH_UNDER_TINI"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-STOP_S = 60  # a stage that is under way is finished; the longest deadline of one is 30 s
+STOP_S = 35  # a stage that is under way is finished; the longest deadline of one is 30 s
 FLAGS = ("host", "capacity", "slots")
 
 

@@ -12,7 +12,7 @@ from worker import procs
 
 FAULT_S = 4.0  # a fault that nobody has passed by then: the worker is killed at that moment
 START_S = 25.0
-UP_ENDS_S = 40.0  # its worker finishes what it does, and has no broker to tell
+UP_ENDS_S = 45.0  # a stage under way is waited for (cli.up.STOP_S), also one that hangs
 GONE_S = 15.0  # a killed worker's processes, those of its plugins and of runsc's verbs
 
 
