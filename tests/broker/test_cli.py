@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from cli.client import Client
 from tasks.state import State
 from tests.broker.test_submit import queues
 from worker.spec import make_spec
@@ -430,6 +431,19 @@ def test_wait_hears_of_the_end_by_an_event(cli, three, client):
         for one in (A1, A2):
             moved(three, one, State.LAUNCHING, State.RUNNING)
         assert process.wait(30) == 0
+
+
+def test_wait_misses_nothing_that_happens_after_its_first_look(three, broker):
+    """The mark in the stream is taken before the look: else an end in between is waited for in vain."""
+    looks = []
+
+    def on_change(states: dict[str, str]) -> None:
+        if not looks:
+            moved(three, A1, State.RUNNING)
+        looks.append(dict(states))
+
+    assert Client(broker).wait([A1], "running", 10, on_change) == {A1: "running"}
+    assert looks[0] == {A1: "queued"}
 
 
 def test_wait_gives_up_when_its_time_is_over(cli, three):

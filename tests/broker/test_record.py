@@ -108,6 +108,7 @@ def test_a_host_knows_what_it_has_taken_and_not_ended(queued):
     }
     assert queued.wishes_on("h2") == []
     queued.put(ID, State.EXITED, 1, {}, host="h1")
+    assert queued.client.smembers("sandbatch:host:h1:sandboxes") == {OTHER}
     assert [wish.container_id for wish in queued.wishes_on("h1")] == [OTHER]
 
 
