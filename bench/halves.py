@@ -95,7 +95,7 @@ class Bare:
     def _launch(self, row: Row) -> None:
         row.id = new_container_id()
         folder = self._host.settings.sandboxes_dir / row.id
-        journal = MemoryJournal(folder, row.id, 1, "bare", "", self._spec)
+        journal = MemoryJournal(folder, row.id, 1, "bare", "", now(), self._spec)
         self._journals[row.id] = journal
         began = time.perf_counter()
         for stage in WORKS:

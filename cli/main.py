@@ -327,13 +327,25 @@ def rm(
             rows = _named(client, ids, batch, unknown_ok=force)
         remove(client.app(), client.record, rows)
         names = [row["id"] for row in rows]
-        states = {} if no_wait else _wait(client, names, "gone", None)
+        away = _on_hosts_away(client, rows)
+        states = {} if no_wait else _wait(client, [one for one in names if one not in away], "gone", None)
         if names:
             out.print("\n".join(names))
+        if away and not no_wait:
+            hosts = ", ".join(sorted(set(away.values())))
+            say(f"sandbatch: rm: {', '.join(away)}: host {hosts} is not up; it undoes them once it is back")
+            raise typer.Exit(1)
         stuck = [one for one, state in states.items() if state == State.STUCK]
         if stuck:
             say(f"sandbatch: rm: {', '.join(stuck)} stuck, its host goes on trying; see sandbatch show")
             raise typer.Exit(1)
+
+
+def _on_hosts_away(client: Client, rows: list[dict[str, Any]]) -> dict[str, str]:
+    """Sandboxes that a host without a heartbeat has, with the host: nobody knows how long a wait would be."""
+    live = client.record.live_hosts()
+    now = client.record.get_all([row["id"] for row in rows])
+    return {row["id"]: row["host"] for row in now if row["state"] not in TERMINAL and row["host"] not in live}
 
 
 def main() -> None:

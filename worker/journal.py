@@ -151,7 +151,10 @@ class Journal:
         faults.point(f"{point}.before")
         handle = os.open(self.folder / FILE, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         try:
-            os.write(handle, line)
+            written = os.write(handle, line)
+            if written != len(line):  # the disk is full: half an event would make the next one unreadable
+                os.ftruncate(handle, os.fstat(handle).st_size - written)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder / FILE))
             if sync:
                 os.fdatasync(handle)
         finally:

@@ -48,7 +48,8 @@ def run_stage(host: Host, journal: Journal, name: str) -> bool:
         data = stage.do(host, journal)
         faults.point(f"stage.{name}.do.after")
     except BaseException as error:  # a time limit of Celery too: the journal must say how it ended
-        journal.mark_failed(name, _words(error))
+        with suppress(OSError):  # a full disk must not hide why the stage failed
+            journal.mark_failed(name, _words(error))
         raise
     journal.mark_done(name, data)
     return True
@@ -99,7 +100,8 @@ def undo_stage(host: Host, journal: Journal, stage: Stage) -> None:
         stage.undo(host, journal)
         faults.point(f"stage.{stage.name}.undo.after")
     except BaseException as error:
-        journal.mark_undo_failed(stage.name, _words(error))
+        with suppress(OSError):
+            journal.mark_undo_failed(stage.name, _words(error))
         raise
     journal.mark_undone(stage.name)
 

@@ -39,7 +39,7 @@ def hand_over(settings: Settings, container_id: str) -> None:
 
 
 class Prober:
-    """The waiting sandboxes of one host; `on_outcome` is called in the prober's thread, once for each."""
+    """The waiting sandboxes of one host; `on_outcome` is called in a thread, once for each."""
 
     def __init__(self, settings: Settings, on_outcome: Outcome) -> None:
         self._settings = settings
@@ -117,7 +117,8 @@ class Prober:
             detail = f"no answer to {known.spec.ready} within {known.spec.ready_timeout_s:g} s"
         if outcome != "answered":
             detail += _log_words(known)
-        self._on_outcome(container_id, known.attempt, outcome, detail)
+        # Not in this thread: it publishes, and a broker that is away must not stop the other probes.
+        await self._loop.run_in_executor(None, self._on_outcome, container_id, known.attempt, outcome, detail)
 
     async def _until_ended(self, container_id: str) -> int:
         while True:

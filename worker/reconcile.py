@@ -150,6 +150,7 @@ class Later:
             due.report.append(known)
         elif known.is_done("container"):
             due.wait.append(known)
+            self._written.pop(known.container_id)  # never settled: the prober's message may be lost
         elif quiet_s > self._settings.stall_s:
             self._fence(due, known.container_id)
 

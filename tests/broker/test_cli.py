@@ -469,7 +469,8 @@ def test_rm_cancels_what_nobody_has_taken_and_prints_the_ids(cli, three, client)
     assert queues(client) == {}
 
 
-def test_rm_waits_until_the_host_has_undone_it(cli, three, client):
+def test_rm_waits_until_the_host_has_undone_it(cli, three, client, heartbeat):
+    heartbeat()
     moved(three, A1, State.RUNNING)
     with waiting(cli, "rm", A1) as process:
         follower_comes(client)
@@ -479,7 +480,17 @@ def test_rm_waits_until_the_host_has_undone_it(cli, three, client):
         assert process.stdout.read() == f"{A1}\n"
 
 
-def test_rm_gives_up_on_what_is_stuck_and_says_so(cli, three):
+def test_rm_of_what_a_dead_host_has_does_not_wait_for_it(cli, three, client):
+    """Nobody knows how long that would be; the wish stays, and the host finds it when it is back."""
+    moved(three, A1, State.RUNNING)
+    done = cli("rm", A1)
+    assert (done.returncode, done.stdout) == (1, f"{A1}\n")
+    assert "host here is not up; it undoes them once it is back" in done.stderr
+    assert list(queues(client)) == [("host.here", 0)]
+
+
+def test_rm_gives_up_on_what_is_stuck_and_says_so(cli, three, heartbeat):
+    heartbeat()
     moved(three, A1, State.STUCK)
     done = cli("rm", A1)
     assert (done.returncode, done.stdout) == (1, f"{A1}\n")

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -377,3 +378,19 @@ def test_who_waited_for_a_folder_that_was_made_anew_locks_the_new_one(known, san
             folder.rename(sandboxes / "old")
             journal.create(sandboxes, ID, attempt=7, batch="b", spec=SPEC)
         assert waiting.result(timeout=30).attempt == 7
+
+
+def test_an_event_that_cannot_be_written_has_not_happened(known):
+    """A full disk: the next event must be readable, and what is on disk is what the caller was told."""
+    known.mark_begun("netns")
+    size = (known.folder / FILE).stat().st_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, hard))  # the kernel writes 10 bytes of the line
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            known.mark_done("netns", {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (known.seq, known.is_done("netns")) == (1, False)
+    known.mark_failed("netns", "disk full")
+    assert again(known) == known

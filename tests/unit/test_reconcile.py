@@ -377,3 +377,12 @@ def test_one_that_somebody_works_on_is_not_set_aside_at_the_start(settings, monk
     with journals.held(settings.sandboxes_dir, bad.container_id):
         assert ids(reconcile.at_start(settings)) == {}
     assert os.listdir(bad.folder) == [FILE]
+
+
+def test_a_wait_that_was_handed_over_stays_due(settings, later):
+    """The prober tells by a message, which may be lost: whoever asks again costs it nothing."""
+    known = made(settings, 1, *NAMES[:4], begun="ready")
+    written(known, 100)
+    assert ids(later.look()) == {"wait": [1]}
+    later.settle(known.container_id)  # its report has arrived
+    assert ids(later.look()) == {"wait": [1]}
