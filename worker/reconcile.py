@@ -37,9 +37,11 @@ def at_start(settings: Settings) -> Due:
     nothing, and begins anew.
     """
     due, boot = Due(), boot_id()
-    alive = {
-        proc.container_id for proc in all_sandbox_processes(settings.runsc_root) if proc.role == "sandbox"
-    }
+    roles: dict[str, set[str]] = {}
+    for proc in all_sandbox_processes(settings.runsc_root):
+        roles.setdefault(proc.container_id, set()).add(proc.role)
+    # Without its conmon nobody reads what a sandbox writes, nor keeps its exit code.
+    alive = {one for one, there in roles.items() if {"conmon", "sandbox"} <= there}
     journals, errors = journal.read_all(settings.sandboxes_dir)
     for unreadable in errors:
         _set_aside(settings, unreadable)

@@ -9,7 +9,7 @@ from pathlib import Path
 COUNTERS = re.compile(r"\[\d+:\d+\]|counter packets \d+ bytes \d+|^#.*$", re.MULTILINE)
 # The kernel's own tables and chains come with the first rule, and stay.
 EMPTY_TABLE = re.compile(r"[*}]|COMMIT|table |type |chain [A-Z]|:(INPUT|OUTPUT|FORWARD|(PRE|POST)ROUTING) ")
-OURS = re.compile(r"sb-[0-9a-f]{16}|runsc|gvisor|conmon")  # a machine's other cgroups come and go
+OURS = re.compile(r"sb-[0-9a-f]{16}|runsc|gvisor")  # a machine's other cgroups come and go
 BENCH = "sandbatch-bench"  # a bench may run beside the tests
 
 

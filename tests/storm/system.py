@@ -160,6 +160,7 @@ class StormSystem(System):
         self.stop()
         if self.broker is not None:
             self.broker.stop()
+        procs.end(procs.all_sandbox_processes(self.settings.runsc_root), timeout_s=10)
         for bridge in (self.bridge, *filter(None, [self._own_bridge()])):
             subprocess.run(["ip", "link", "del", bridge], check=False, capture_output=True)
 

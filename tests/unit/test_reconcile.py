@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 
@@ -41,14 +41,25 @@ def made(settings: Settings, number: int, *done: str, begun: str = "") -> Journa
 
 
 @contextmanager
-def sandbox_process(settings: Settings, container_id: str) -> Iterator[None]:
-    """A live process with the command line of a sandbox."""
-    code = "print(flush=True); input()"
-    argv = [sys.executable, "-c", code, f"--root={settings.runsc_root}", "boot", container_id]
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        process.stdout.readline()  # from now on it has its command line
+def process(*words: str) -> Iterator[None]:
+    """A live process whose command line has these words."""
+    argv = [sys.executable, "-c", "print(flush=True); input()", *words]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as started:
+        started.stdout.readline()  # from now on it has its command line
         yield
-        process.communicate(b"\n")
+        started.communicate(b"\n")
+
+
+def sentry(settings: Settings, container_id: str) -> AbstractContextManager[None]:
+    return process(f"--root={settings.runsc_root}", "boot", container_id)
+
+
+@contextmanager
+def sandbox_process(settings: Settings, container_id: str) -> Iterator[None]:
+    """Live processes with the command lines of a sandbox and of its conmon."""
+    conmon = process(f"--runtime-arg=--root={settings.runsc_root}", container_id)
+    with sentry(settings, container_id), conmon:
+        yield
 
 
 def ids(due: Due) -> dict[str, list[int]]:
@@ -167,6 +178,14 @@ def test_a_sandbox_that_was_killed_from_outside_is_failed(settings):
     facts = again(known).facts
     assert facts["wanted"] == "failed"
     assert facts["error"] == {"stage": "container", "message": "the sandbox was killed from outside"}
+
+
+def test_a_sandbox_whose_conmon_was_killed_is_failed(settings):
+    """Nobody reads what it writes, nor keeps its exit code: seen in a storm, running for ever."""
+    known = made(settings, 1, *NAMES)
+    with sentry(settings, known.container_id):
+        assert ids(reconcile.at_start(settings)) == {"unwind": [1]}
+    assert again(known).facts["wanted"] == "failed"
 
 
 @pytest.mark.parametrize("code", [None, 3])
