@@ -81,6 +81,7 @@ def test_a_broker_that_is_restarted_with_its_data(broker: Broker, start_behind):
 
     (new,) = system.run(*SERVER)
     assert system.wait([old, new], "running", TAKEN_UP_S) == {old: "running", new: "running"}
+    system.wait_until(system.is_up, 30, "heartbeat again")
     system.cli("rm", old, new)
     assert system.audit() == []
 
@@ -99,6 +100,7 @@ def test_a_broker_that_forgets_everything(broker: Broker, start_behind):
         for field in ("batch", "labels", "state", "host", "ip", "args", "running_at", "stages"):
             assert after[one][field] == before[one][field], field
         assert answers(system, one)
+    system.wait_until(system.is_up, 30, "heartbeat again")
     system.cli("rm", "--batch", "reds")
     assert system.audit() == []
 
@@ -125,6 +127,7 @@ def test_a_host_that_is_cut_off_reports_later(broker: Broker, start_behind):
     assert set(system.wait(ids, "running", TAKEN_UP_S).values()) == {"running"}
     states = [run["state"] for run in system.show(launching)["stages"]]
     assert states == ["done"] * 5, "each stage told once, in order"
+    system.wait_until(system.is_up, 30, "heartbeat again")
     system.cli("rm", *ids)
     assert system.audit() == []
 
