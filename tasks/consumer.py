@@ -1,11 +1,9 @@
 """Start this host's Celery worker: one a host, and whatever a dead one left is taken up first."""
 
 import ctypes
-import fcntl
 import logging
 import os
 import signal
-import time
 import warnings
 from typing import Any
 
@@ -26,6 +24,7 @@ from tasks.host_step import HostStep, host_owner
 from tasks.record import Record
 from worker import faults, gc, reconcile
 from worker.errors import HostNotReady
+from worker.locks import lock_within
 from worker.rootfs import host_rootfs
 from worker.settings import Settings
 
@@ -42,20 +41,12 @@ def take_host_lock(current: Settings) -> int:
     """
     current.run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
     handle = os.open(current.run_dir / "worker.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    deadline = time.monotonic() + LOCK_WAIT_S
-    while True:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() < deadline:
-                time.sleep(0.05)  # flock has no timed wait, and no event to wait for
-                continue
-            pid = os.read(handle, 32).decode() or "?"
-            os.close(handle)
-            raise HostNotReady(
-                f"host {current.host}", f"another worker (pid {pid}) runs on this machine", "stop it first"
-            ) from None
+    if not lock_within(handle, LOCK_WAIT_S):
+        pid = os.read(handle, 32).decode() or "?"
+        os.close(handle)
+        raise HostNotReady(
+            f"host {current.host}", f"another worker (pid {pid}) runs on this machine", "stop it first"
+        )
     os.truncate(handle, 0)
     os.pwrite(handle, str(os.getpid()).encode(), 0)
     return handle

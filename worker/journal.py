@@ -6,12 +6,10 @@ cache, and after a power cut the intent alone makes reconcile undo the stage.
 """
 
 import errno
-import fcntl
 import json
 import os
 import re
 import stat
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -21,6 +19,7 @@ from typing import Any
 
 from worker import faults
 from worker.errors import Busy, JournalError
+from worker.locks import lock_within
 from worker.spec import CONTAINER_ID, Spec
 
 VERSION = "journal/v1"
@@ -429,15 +428,8 @@ def held(sandboxes_dir: Path, container_id: str, *, wait_s: float = 0.0) -> Iter
 
 
 def _lock(handle: int, container_id: str, wait_s: float) -> None:
-    deadline = time.monotonic() + wait_s
-    while True:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                raise Busy(container_id, "another task works on it", "it is tried again") from None
-            time.sleep(0.02)  # flock has no timed wait, and no event to wait for
+    if not lock_within(handle, wait_s):
+        raise Busy(container_id, "another task works on it", "it is tried again")
 
 
 def _sync_folder(folder: Path) -> None:

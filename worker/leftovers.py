@@ -4,13 +4,11 @@ Nothing here asks whether it may: `worker.mend` has the proof that the sandbox i
 """
 
 import ctypes
-import fcntl
 import itertools
 import os
 import re
 import shlex
 import shutil
-import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from pyroute2 import IPRoute
 from worker import netns
 from worker.audit import CHAIN, MASQUERADE_TABLE, nat_programs, output
 from worker.errors import Busy, SandbatchError
+from worker.locks import lock_within
 
 LOCK_WAIT_S = 10.0  # an IPAM plugin holds its lock for one look through the leases
 OWNER = re.compile(r'id: "([^"]*)"')  # in the comments that the plugins give their rules
@@ -56,15 +55,8 @@ def _lent_to(container_id: str, folder: Path) -> list[Path]:
 
 
 def _lock(handle: int, folder: Path) -> None:
-    deadline = time.monotonic() + LOCK_WAIT_S
-    while True:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                raise Busy(f"leases in {folder}", "an IPAM plugin holds their lock", "try again") from None
-            time.sleep(0.02)  # flock has no timed wait, and no event to wait for
+    if not lock_within(handle, LOCK_WAIT_S):
+        raise Busy(f"leases in {folder}", "an IPAM plugin holds their lock", "try again")
 
 
 def remove_chains(container_id: str, names: set[str]) -> None:
