@@ -9,6 +9,7 @@ from typing import Any
 
 from celery import Celery
 
+from cli.parse import pair
 from tasks.app import make_app
 from tasks.connection import check, connect
 from tasks.record import Record
@@ -165,14 +166,6 @@ def has_reached(state: str, goal: str) -> bool:
     if goal == "running":
         return state in TERMINAL or state in (State.RUNNING, State.STUCK)
     return state in TERMINAL or (goal == "gone" and state == State.STUCK)
-
-
-def pair(text: str, flag: str) -> tuple[str, str]:
-    """`K=V` as a pair."""
-    name, equals, value = text.partition("=")
-    if not name or not equals:
-        raise BadInput(f"{flag} {text}", "KEY=VALUE is needed", f"for example {flag} colour=red")
-    return name, value
 
 
 def shown(row: dict[str, Any]) -> dict[str, Any]:

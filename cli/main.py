@@ -12,12 +12,13 @@ import typer
 from rich.live import Live
 
 from cli import output, render
-from cli.client import Client, pair, shown
-from cli.output import err, errors_for_humans, one_line, out, print_json, say
+from cli.client import Client, shown
+from cli.output import errors_for_humans, one_line, out, print_json, say
+from cli.run import run
+from cli.waiting import tell_failures, wait_for
 from tasks.state import TERMINAL, State
 from worker.errors import BadInput
 from worker.settings import load_settings
-from worker.spec import make_spec
 
 app = typer.Typer(
     name="sandbatch",
@@ -175,60 +176,10 @@ def demo() -> None:
 # -- commands of a user --------------------------------------------------------------------------
 
 
-@app.command(
+app.command(
     epilog="Example: sandbatch run --ready http:8000/ --cwd /var/www/html -- python3 -m http.server 8000",
     context_settings={"allow_interspersed_args": False},
-)
-def run(
-    args: Annotated[
-        list[str] | None, typer.Argument(metavar="CMD [ARG]…", help="The command, after --.")
-    ] = None,
-    count: Annotated[int, typer.Option("-n", "--count", min=1, help="Sandboxes to launch.")] = 1,
-    rootfs: Annotated[
-        str, typer.Option(metavar="host|DIR", help="Root file system, shared and read-only.")
-    ] = "host",
-    network: Annotated[str | None, typer.Option(help="CNI network; by default that of the settings.")] = None,
-    host: Annotated[str | None, typer.Option(help="Only on this host.")] = None,
-    env: Annotated[list[str] | None, typer.Option("-e", "--env", metavar="K=V")] = None,
-    cwd: Annotated[str, typer.Option(metavar="DIR", help="Working directory.")] = "/",
-    label: Annotated[list[str] | None, typer.Option("-l", "--label", metavar="K=V")] = None,
-    ready: Annotated[str, typer.Option(metavar="tcp:PORT|http:PORT/PATH|none")] = "none",
-    ready_timeout: Annotated[float, typer.Option(metavar="S", help="Seconds until an answer.")] = 60.0,
-    batch_name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Name of the batch; one that is there grows.")
-    ] = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Until they run; exit 1 if one fails.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Enqueue sandboxes and print their ids, one a line."""
-    from tasks.submit import submit
-
-    with errors_for_humans():
-        settings = load_settings()
-        spec = make_spec(
-            args=args or [],
-            rootfs=rootfs,
-            network=network or settings.network,
-            host=host,
-            env=dict(pair(one, "--env") for one in env or []),
-            cwd=cwd,
-            labels=dict(pair(one, "--label") for one in label or []),
-            ready=ready,
-            ready_timeout_s=ready_timeout,
-        )
-        client = Client(settings)
-        client.validate(spec)
-        batch, ids = submit(client.app(), client.record, settings, [spec] * count, batch=batch_name)
-        say(f"batch {batch}")
-        if not client.record.live_hosts():
-            say("no host is up: they wait as queued; start sandbatch up, or sandbatch worker")
-        if not as_json:
-            out.print("\n".join(ids))
-        states = _wait(client, ids, "running", None) if wait else {}
-        if as_json:
-            print_json([shown(row) for row in client.record.get_all(ids)])
-        if any(state != State.RUNNING for state in states.values()):
-            raise _tell_failures(client, ids)
+)(run)
 
 
 @app.command(epilog="Example: sandbatch ls --state running --label team=red")
@@ -295,13 +246,13 @@ def wait(
             raise BadInput(f"--for {goal}", "not known", "running or terminal")
         client = Client(load_settings())
         wanted = _named(client, ids, batch)
-        states = _wait(client, [row["id"] for row in wanted], goal, timeout)
+        states = wait_for(client, [row["id"] for row in wanted], goal, timeout)
         good = {State.RUNNING} if goal == "running" else {State.EXITED, State.CANCELLED}
         late = [one for one, state in states.items() if state not in good and state not in TERMINAL]
         if late:
             say(f"sandbatch: wait: {len(late)} of {len(states)} not there yet; see sandbatch ls")
         if any(state not in good for state in states.values()):
-            raise _tell_failures(client, list(states))
+            raise tell_failures(client, list(states))
 
 
 @app.command(epilog="Example: sandbatch rm --all")
@@ -328,7 +279,7 @@ def rm(
         remove(client.app(), client.record, rows)
         names = [row["id"] for row in rows]
         away = _on_hosts_away(client, rows)
-        states = {} if no_wait else _wait(client, [one for one in names if one not in away], "gone", None)
+        states = {} if no_wait else wait_for(client, [one for one in names if one not in away], "gone", None)
         if names:
             out.print("\n".join(names))
         if away and not no_wait:
@@ -391,25 +342,6 @@ def _named(
     return client.select(ids or (), batch=batch, unknown_ok=unknown_ok)
 
 
-def _wait(client: Client, ids: list[str], goal: str, timeout_s: float | None) -> dict[str, str]:
-    """Wait with a progress bar on a terminal, in silence elsewhere."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    from cli.client import has_reached
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=err, transient=True, disable=not sys.stderr.isatty()) as progress:
-        bar = progress.add_task(goal, total=len(ids))
-
-        def draw(states: dict[str, str]) -> None:
-            counts = {state: list(states.values()).count(state) for state in dict.fromkeys(states.values())}
-            words = ", ".join(f"{number} {state}" for state, number in counts.items())
-            done = sum(has_reached(state, goal) for state in states.values())
-            progress.update(bar, completed=done, description=words)
-
-        return client.wait(ids, goal, timeout_s, draw)
-
-
 def _watch(client: Client, select: Callable[[], list[dict[str, Any]]], as_json: bool) -> None:
     """The table redrawn on a terminal; elsewhere, and as JSON, a line for each sandbox that changed."""
     is_live = sys.stdout.isatty() and not as_json
@@ -425,14 +357,6 @@ def _watch(client: Client, select: Callable[[], list[dict[str, Any]]], as_json: 
                     print(line, flush=True)
             known = {row["id"]: row["state"] for row in rows}
             mark = client.next_change(mark)
-
-
-def _tell_failures(client: Client, ids: list[str]) -> typer.Exit:
-    for row in client.record.get_all(ids):
-        if row["error"]:
-            error = row["error"]
-            say(f"sandbatch: {row['id']}: {row['state']} at {error['stage']}: {error['message']}")
-    return typer.Exit(1)
 
 
 def _need_root(command: str) -> None:

@@ -27,6 +27,7 @@ def view(journal: Journal) -> tuple[State, dict[str, str]]:
 def shape(raw: dict[str, str]) -> dict[str, Any]:
     """A record in the shape of `--json` of a sandbox (CLI.md)."""
     spec = json.loads(raw.get("spec") or "{}")
+    networks = [one["name"] for one in spec.get("networks", [])]
     stages = [{"do|undo": run["verb"], **run} for run in json.loads(raw.get("stages") or "[]")]
     return {
         "id": raw["id"],
@@ -36,7 +37,8 @@ def shape(raw: dict[str, str]) -> dict[str, Any]:
         "stage": raw.get("stage") or None,
         "attempt": int(raw.get("attempt") or 1),
         "host": raw.get("host") or spec.get("host"),
-        "network": spec.get("network"),
+        "network": networks[0] if networks else None,
+        "networks": networks,
         "ip": raw.get("ip"),
         "ips": json.loads(raw.get("ips") or "[]"),
         "image": spec.get("rootfs"),

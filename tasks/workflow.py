@@ -28,15 +28,15 @@ from worker.launch import begin_waiting, end_waiting, finish, run_stage, undo_st
 from worker.probe_runsc import probe
 from worker.prober import hand_over
 from worker.spec import Spec
-from worker.stages import STAGE, STAGES, Host, make_host
+from worker.stages import STAGE, STAGES, Host, make_host, stages_of
 
 log = logging.getLogger("sandbatch")
 
 MAX_TRIES, MAX_TRYING_S = 5, 60.0  # of one stage or undo whose error can pass
 BUSY_WAIT_S = 2.0  # a twin of a message ends within the time of one stage
 MAX_BUSY_TRIES = 60
-LAUNCH_STAGES = tuple(stage.name for stage in STAGES if stage.name != "ready")
-UNDO_STAGES = tuple(reversed(LAUNCH_STAGES))  # a probe holds nothing
+TASK_STAGES = tuple(stage.name for stage in STAGES if stage.name != "ready")  # a probe is no task
+LAST = "container"  # after it the prober waits
 
 app: Celery = make_app(settings(), settings().host)
 
@@ -68,19 +68,19 @@ def step(name: str, order: Order, **more: Any) -> Signature[Any]:
     )
 
 
-def launch_chain(order: Order) -> Signature[Any]:
-    """The stages, first to last; whichever fails, the errback unwinds.
+def launch_chain(order: Order, spec: Spec) -> Signature[Any]:
+    """The stages of the spec, first to last; whichever fails, the errback unwinds.
 
     The errback is bound: only so does Celery publish it, to the host's queue, instead of running
     it where the failure was noticed (celery/backends/base.py, _call_task_errbacks).
     """
-    stages = chain(*(step(name, order) for name in LAUNCH_STAGES))
+    stages = chain(*(step(one.name, order) for one in stages_of(spec) if one.name in TASK_STAGES))
     return stages.on_error(step("unwind", order, final="failed"))
 
 
 def undo_chain(order: Order, begun: list[str]) -> Signature[Any]:
     """The undos of what was begun, in reverse; a chain stops at the first that fails, as it must."""
-    return chain(*(step(f"undo.{name}", order) for name in UNDO_STAGES if name in begun))
+    return chain(*(step(f"undo.{name}", order) for name in reversed(TASK_STAGES) if name in begun))
 
 
 # -- tasks ---------------------------------------------------------------------------------------
@@ -117,7 +117,7 @@ def place(self: "Task[Any, Any]", message: dict[str, Any]) -> dict[str, str]:
                 want_end(journal, State.CANCELLED)
                 _finish_if_empty(journal)
             elif journal.attempt == order.attempt and not journal.begun and not journal.is_unwinding:
-                launch_chain(order).apply_async()
+                launch_chain(order, journal.spec).apply_async()
     except JournalError:
         raise Ignore from None  # ended and forgotten since
     if journal.final:
@@ -139,12 +139,12 @@ def _stage_task(name: str) -> None:
             with _journal(order) as journal:
                 if not run_stage(this_host(), journal, name):
                     _skip(journal, name)
-                elif name == LAUNCH_STAGES[-1]:
+                elif name == LAST:
                     begin_waiting(journal)
         except SandbatchError as error:
             raise _again(self, order, error) from error
         report(journal)
-        if name == LAUNCH_STAGES[-1]:
+        if name == LAST:
             hand_over(settings(), order.container_id)
 
     do_stage.__doc__ = f"Do stage {name}: see worker.stages."
@@ -171,7 +171,7 @@ def _undo_task(name: str) -> None:
     undo.__doc__ = f"Undo stage {name}: see worker.stages."
 
 
-for _name in LAUNCH_STAGES:
+for _name in TASK_STAGES:
     _stage_task(_name)
     _undo_task(_name)
 
@@ -244,7 +244,8 @@ class _Fenced:
 
 def _skip(journal: Journal, name: str) -> None:
     """A stage that had nothing to do: go on with the chain only if the next stage has not begun."""
-    following = [stage.name for stage in STAGES][[stage.name for stage in STAGES].index(name) + 1]
+    names = [stage.name for stage in stages_of(journal.spec)]
+    following = names[names.index(name) + 1]
     if journal.is_unwinding or following in journal.begun:
         raise Ignore
 

@@ -2,16 +2,32 @@
 
 import re
 import secrets
-from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from worker.errors import BadInput
+from worker.spec_parts import (
+    MOST_NETWORKS,
+    NETWORK_NAME,
+    RESTART,
+    Bandwidth,
+    Mount,
+    NetworkRequest,
+    Publish,
+    address,
+    clean_path,
+    dns_name,
+    egress_rule,
+    restart_policy,
+    stamp,
+    text,
+)
+
+__all__ = ["CONTAINER_ID", "HOST_NAME", "NETWORK_NAME", "READY", "ContainerId", "Spec", "make_spec"]
 
 CONTAINER_ID = re.compile(r"^sb-[0-9a-f]{16}$")  # one length: runsc matches ids by prefix
 HOST_NAME = re.compile(r"^[a-zA-Z0-9][a-zA-Z0-9_.\-]{0,62}$")
-NETWORK_NAME = re.compile(r"^[a-zA-Z0-9][a-zA-Z0-9_.\-]*$")
 ENV_NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
 READY = re.compile(r"^(?:none|tcp:(?P<tcp>[0-9]{1,5})|http:(?P<http>[0-9]{1,5})(?P<path>/[\x21-\x7e]*))$")
 
@@ -26,25 +42,10 @@ def _container_id(value: str) -> str:
     return value
 
 
-def _text(value: str) -> str:
-    """What JSON and the kernel can take; an argument of the command line may be neither."""
-    if "\0" in value:
-        raise ValueError("a NUL character is not allowed")
-    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-        raise ValueError("it is no UTF-8")
-    return value
-
-
 def _command(value: list[str]) -> list[str]:
     if not value or not value[0]:
         raise ValueError("the command is empty, one is needed after --")
     return value
-
-
-def _clean_path(value: str) -> str:
-    if not value.startswith("/") or ".." in PurePosixPath(value).parts:
-        raise ValueError("an absolute path without '..' is needed")
-    return _text(value)
 
 
 def host_name(value: str) -> str:
@@ -63,29 +64,25 @@ def _ready(value: str) -> str:
 
 
 def _rootfs(value: str) -> str:
-    return value if value == "host" else _clean_path(value)
-
-
-def _network(value: str) -> str:
-    if not NETWORK_NAME.fullmatch(value):
-        raise ValueError(
-            "a network name has letters, digits, '_', '.', '-', and begins with a letter or digit"
-        )
-    return value
+    return value if value == "host" else clean_path(value)
 
 
 def _env(value: dict[str, str]) -> dict[str, str]:
-    for name, text in value.items():
+    for name, given in value.items():
         if not ENV_NAME.fullmatch(name):
             raise ValueError(f"{name!r} is no name of an environment variable")
-        _text(text)
+        text(given)
     return value
 
 
 def _labels(value: dict[str, str]) -> dict[str, str]:
     for part in (*value, *value.values()):
-        _text(part)
+        text(part)
     return value
+
+
+def _hosts(value: dict[str, str]) -> dict[str, str]:
+    return {dns_name(name): address(ip) for name, ip in value.items()}
 
 
 ContainerId = Annotated[str, AfterValidator(_container_id)]
@@ -97,15 +94,83 @@ class Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     kind: Literal["spec/v1"] = "spec/v1"  # hosts are upgraded one by one
-    args: Annotated[list[Annotated[str, AfterValidator(_text)]], AfterValidator(_command)]
+    args: Annotated[list[Annotated[str, AfterValidator(text)]], AfterValidator(_command)]
     rootfs: Annotated[str, AfterValidator(_rootfs)] = "host"
-    network: Annotated[str, AfterValidator(_network)] = "sandbatch"
+    networks: list[NetworkRequest] = Field(
+        default_factory=lambda: [NetworkRequest(name="sandbatch")], min_length=1, max_length=MOST_NETWORKS
+    )
     host: Annotated[str, AfterValidator(host_name)] | None = None
     env: Annotated[dict[str, str], AfterValidator(_env)] = Field(default_factory=dict)
-    cwd: Annotated[str, AfterValidator(_clean_path)] = "/"
+    cwd: Annotated[str, AfterValidator(clean_path)] = "/"
     labels: Annotated[dict[str, str], AfterValidator(_labels)] = Field(default_factory=dict)
     ready: Annotated[str, AfterValidator(_ready)] = "none"
     ready_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 60.0
+
+    # Limits; None: the host's default.
+    memory_bytes: int | None = Field(default=None, gt=0, le=2**50)
+    cpus: float | None = Field(default=None, ge=0.01, le=4096)
+    pids: int | None = Field(default=None, ge=1, le=2**22)
+
+    # Its end.
+    ttl_s: float | None = Field(default=None, gt=0, le=10**9)  # from running
+    deadline_at: Annotated[str, AfterValidator(stamp)] | None = None  # whatever it does by then
+    stop_grace_s: float = Field(default=10.0, ge=0, le=3600)  # between TERM and KILL
+    restart: Annotated[str, AfterValidator(restart_policy)] = "no"
+    keep_s: float | None = Field(default=None, ge=0, le=10**9)  # its log; None: the host's default
+    remove: bool = False  # forget it, and its log, once it has ended
+
+    # Network.
+    publish: list[Publish] = Field(default_factory=list, max_length=256)
+    bandwidth: Bandwidth | None = None
+    dns: list[Annotated[str, AfterValidator(address)]] = Field(default_factory=list, max_length=3)
+    dns_search: list[Annotated[str, AfterValidator(dns_name)]] = Field(default_factory=list, max_length=6)
+    hosts: Annotated[dict[str, str], AfterValidator(_hosts)] = Field(default_factory=dict)  # name -> address
+    egress: list[Annotated[str, AfterValidator(egress_rule)]] | None = Field(default=None, max_length=256)
+    isolate: bool = False  # apart from the other sandboxes of its networks
+
+    # Files.
+    mounts: list[Mount] = Field(default_factory=list, max_length=64)
+    writable: Literal["no", "memory", "disk"] = "no"  # the root, through gVisor's overlay
+    writable_bytes: int | None = Field(default=None, ge=2**20)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_network(cls, value: Any) -> Any:
+        """`network: NAME` is short for the list of one, and what the release before wrote."""
+        if isinstance(value, dict) and "network" in value:
+            if "networks" in value:
+                raise ValueError("network and networks are the same: give one of them")
+            value = {**value, "networks": [{"name": value["network"]}]}
+            del value["network"]
+        return value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Spec":
+        names = [one.name for one in self.networks]
+        if len(set(names)) != len(names):
+            raise ValueError("networks: one of them is named twice")
+        targets = [one.target.rstrip("/") for one in self.mounts]
+        if len(set(targets)) != len(targets):
+            raise ValueError("mounts: two have the same target")
+        if self.writable_bytes is not None and self.writable == "no":
+            raise ValueError("writable_bytes: the root is not writable: say memory or disk as well")
+        taken = [(one.host_ip, one.host_port, one.protocol) for one in self.publish if one.host_port]
+        if len(set(taken)) != len(taken):
+            raise ValueError("publish: a port of the host is named twice")
+        return self
+
+    @property
+    def network(self) -> str:
+        """The network of `eth0`."""
+        return self.networks[0].name
+
+    @property
+    def max_restarts(self) -> int | None:
+        """How often it may be started anew after it failed; None: without a limit."""
+        match = RESTART.fullmatch(self.restart)
+        if match is None or self.restart == "no":
+            return 0
+        return int(match["max"]) if match["max"] else None
 
 
 def make_spec(**fields: Any) -> Spec:
@@ -119,6 +184,7 @@ def make_spec(**fields: Any) -> Spec:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "spec"
+        field = "network" if field == "networks.0.name" else field
         why = first["msg"].removeprefix("Value error, ")
         given = first.get("input")
         if isinstance(

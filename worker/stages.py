@@ -18,6 +18,7 @@ from worker.journal import Journal
 from worker.rootfs import resolve_rootfs
 from worker.runsc import Runsc
 from worker.settings import Settings
+from worker.spec import Spec
 
 IF_NAME = "eth0"
 
@@ -105,6 +106,11 @@ def nothing_to_know(host: Host, journal: Journal) -> dict[str, Any]:
     return {}
 
 
+def always(spec: Spec) -> bool:
+    """Most stages are every sandbox's."""
+    return True
+
+
 @dataclass(frozen=True)
 class Stage:
     """One step of a launch and what compensates it; `intend` is what the undo must know of the `do`."""
@@ -113,6 +119,7 @@ class Stage:
     do: Callable[[Host, Journal], dict[str, Any]]
     undo: Callable[[Host, Journal], None]
     intend: Callable[[Host, Journal], dict[str, Any]] = nothing_to_know
+    applies: Callable[[Spec], bool] = always  # a spec that asks for nothing of it is spared the task
 
 
 STAGES = (
@@ -123,6 +130,11 @@ STAGES = (
     Stage("ready", do=confirm_ready, undo=nothing),
 )
 STAGE = {stage.name: stage for stage in STAGES}
+
+
+def stages_of(spec: Spec) -> tuple[Stage, ...]:
+    """The stages that a launch of this spec has, first to last."""
+    return tuple(stage for stage in STAGES if stage.applies(spec))
 
 
 def make_host(settings: Settings, *, hides_sysctl: bool) -> Host:

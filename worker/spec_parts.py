@@ -1,0 +1,169 @@
+"""The parts of a spec: what a sandbox may ask of networks, ports, mounts, limits and its end."""
+
+import ipaddress
+import re
+from datetime import datetime
+from pathlib import PurePosixPath
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+NETWORK_NAME = re.compile(r"^[a-zA-Z0-9][a-zA-Z0-9_.\-]*$")
+MAC = re.compile(r"^[0-9a-f]{2}(:[0-9a-f]{2}){5}$")
+DNS_NAME = re.compile(
+    r"^(?=.{1,253}$)[a-zA-Z0-9_]([a-zA-Z0-9_\-]{0,62})(\.[a-zA-Z0-9_][a-zA-Z0-9_\-]{0,62})*\.?$"
+)
+RESTART = re.compile(r"^(?:no|on-failure(?::(?P<max>[1-9][0-9]{0,3}))?)$")
+EGRESS = re.compile(
+    r"^(?P<cidr>\[[0-9a-fA-F:.]+(?:/\d{1,3})?\](?:/\d{1,3})?|[0-9.]+(?:/\d{1,2})?)"
+    r"(?::(?P<first>\d{1,5})(?:-(?P<last>\d{1,5}))?)?(?:/(?P<protocol>tcp|udp))?$"
+)
+MOST_NETWORKS = 8
+
+IpNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+def text(value: str) -> str:
+    """What JSON and the kernel can take; an argument of the command line may be neither."""
+    if "\0" in value:
+        raise ValueError("a NUL character is not allowed")
+    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError("it is no UTF-8")
+    return value
+
+
+def clean_path(value: str) -> str:
+    if not value.startswith("/") or ".." in PurePosixPath(value).parts:
+        raise ValueError("an absolute path without '..' is needed")
+    return text(value)
+
+
+def network_name(value: str) -> str:
+    if not NETWORK_NAME.fullmatch(value):
+        raise ValueError(
+            "a network name has letters, digits, '_', '.', '-', and begins with a letter or digit"
+        )
+    return value
+
+
+def address(value: str) -> str:
+    try:
+        return str(ipaddress.ip_address(value))
+    except ValueError:
+        raise ValueError("an IPv4 or IPv6 address is needed, without a prefix length") from None
+
+
+def _mac(value: str) -> str:
+    value = value.lower()
+    if not MAC.fullmatch(value) or int(value[:2], 16) & 1:
+        raise ValueError("a MAC address of one machine is needed, such as 02:00:00:00:00:01")
+    return value
+
+
+def dns_name(value: str) -> str:
+    if not DNS_NAME.fullmatch(value):
+        raise ValueError("a host name is needed: letters, digits, '-', '_', '.'")
+    return value
+
+
+def restart_policy(value: str) -> str:
+    if not RESTART.fullmatch(value):
+        raise ValueError("'no', 'on-failure' or 'on-failure:N' is needed, N the most restarts")
+    return value
+
+
+def stamp(value: str) -> str:
+    """A moment, RFC 3339 with its zone."""
+    try:
+        if datetime.fromisoformat(value).tzinfo is None:
+            raise ValueError
+    except ValueError:
+        raise ValueError("a time is needed with its zone, such as 2027-01-31T12:00:00Z") from None
+    return value
+
+
+class Part(BaseModel):
+    """What all parts are: frozen, and nothing unknown in them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class NetworkRequest(Part):
+    """One network to be on; `ips`, `mac` and `aliases` go to plugins that advertise the capability."""
+
+    name: Annotated[str, AfterValidator(network_name)]
+    ips: list[Annotated[str, AfterValidator(address)]] = Field(default_factory=list, max_length=2)
+    mac: Annotated[str, AfterValidator(_mac)] | None = None
+    aliases: list[Annotated[str, AfterValidator(dns_name)]] = Field(default_factory=list, max_length=16)
+
+
+class Publish(Part):
+    """A port of the sandbox on an address of the host; host port 0: the host chooses a free one."""
+
+    port: int = Field(ge=1, le=65535)
+    host_port: int = Field(default=0, ge=0, le=65535)
+    host_ip: Annotated[str, AfterValidator(address)] | None = None  # None: every address of the host
+    protocol: Literal["tcp", "udp", "sctp"] = "tcp"
+
+
+class Bandwidth(Part):
+    """Rates in bits a second and bursts in bits, seen from the sandbox, for the bandwidth plugin."""
+
+    ingress_rate: int | None = Field(default=None, ge=8_000, le=10**12)
+    ingress_burst: int | None = Field(default=None, ge=8_000, le=2**32)
+    egress_rate: int | None = Field(default=None, ge=8_000, le=10**12)
+    egress_burst: int | None = Field(default=None, ge=8_000, le=2**32)
+
+    @model_validator(mode="after")
+    def _bursts_have_rates(self) -> "Bandwidth":
+        for way in ("ingress", "egress"):
+            if getattr(self, f"{way}_burst") and not getattr(self, f"{way}_rate"):
+                raise ValueError(f"{way}_burst needs {way}_rate")
+        return self
+
+
+class Mount(Part):
+    """A read-only bind of a host folder or file, or a tmpfs of its own."""
+
+    type: Literal["bind", "tmpfs"]
+    target: Annotated[str, AfterValidator(clean_path)]
+    source: Annotated[str, AfterValidator(clean_path)] | None = None
+    size_bytes: int | None = Field(default=None, ge=4096)
+
+    @model_validator(mode="after")
+    def _fits_its_type(self) -> "Mount":
+        if (self.type == "bind") != (self.source is not None):
+            raise ValueError("a bind needs a source, a tmpfs has none")
+        if self.type == "bind" and self.size_bytes is not None:
+            raise ValueError("a bind has no size")
+        if PurePosixPath(self.target) == PurePosixPath("/"):
+            raise ValueError("nothing can be mounted over /")
+        return self
+
+
+def egress_rule(value: str) -> str:
+    """`CIDR[:PORT[-PORT]][/tcp|udp]`, IPv6 in brackets; without a port every protocol is meant."""
+    parse_egress(value)
+    return value
+
+
+def parse_egress(value: str) -> tuple[IpNetwork, tuple[int, int] | None, str]:
+    """Network, ports (first, last; None for all), protocol ("tcp", "udp", or "" for all).
+
+    Raises:
+        ValueError: It is no such rule.
+    """
+    match = EGRESS.fullmatch(value)
+    if match is None:
+        raise ValueError("CIDR[:PORT[-PORT]][/tcp|udp] is needed, such as 10.0.0.0/8:443, [fd00::/8]:53/udp")
+    try:
+        network = ipaddress.ip_network(match["cidr"].replace("[", "").replace("]", ""))
+    except ValueError as error:
+        raise ValueError(str(error)) from None
+    if match["first"] is None:
+        return network, None, match["protocol"] or ""
+    first = int(match["first"])
+    last = int(match["last"] or first)
+    if not 1 <= first <= last <= 65535:
+        raise ValueError("ports are numbers from 1 to 65535, the lower one first")
+    return network, (first, last), match["protocol"] or "tcp"
