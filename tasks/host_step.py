@@ -6,6 +6,7 @@ import platform
 import secrets
 import signal
 import threading
+import time
 from typing import Any
 
 import redis
@@ -20,7 +21,7 @@ from tasks.messages import Order
 from tasks.record import HEARTBEAT_S, Record
 from tasks.sweeper import sweep_fleet, sweep_host
 from worker import journal as journals
-from worker import reconcile
+from worker import logs, reconcile
 from worker.cni_config import list_networks
 from worker.journal import boot_id
 from worker.launch import begin_waiting
@@ -92,6 +93,7 @@ class HostStep(bootsteps.StartStopStep):
             self._broker_life = life
 
     def _reconcile(self) -> None:
+        logs.prune(self._settings, time.time())
         is_first = self.due_at_start is not None
         self._carry_out(self.due_at_start or self._later.look())
         host, sandboxes = self._settings.host, self._settings.sandboxes_dir

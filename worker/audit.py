@@ -4,13 +4,14 @@ import hashlib
 import os
 import re
 import shutil
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pyroute2 import IPRoute
 
-from worker import cni_cache, journal, netns, process, procs
+from worker import cni_cache, journal, logs, netns, process, procs
 from worker.cni_config import Network, list_networks, network_from_bytes
 from worker.errors import BadNetwork, SandbatchError
 from worker.journal import Journal
@@ -23,6 +24,7 @@ ID_PART = re.compile(r"(?<![0-9a-zA-Z])sb-[0-9a-f]{16}(?![0-9a-zA-Z])")
 CHAIN = re.compile(r"^:(CNI-[0-9a-f]{24}) ", re.MULTILINE)
 OUR_VETH = re.compile(r"^veth[0-9a-f]{8}$")  # as the bridge plugin names the host's end
 UNREADABLE = "audit --mend undoes what the sandbox holds, and keeps the file"
+LOG_LATE_S = 300.0  # a worker looks at the kept logs every `reconcile_s`
 MASQUERADE_TABLE = "cni_plugins_masquerade"  # of plugins that work through nftables
 
 
@@ -285,6 +287,11 @@ def _files(look: _Look, done: dict[str, Journal]) -> None:
             look._add("journal", str(file), "unreadable", folder.name, f"set aside: {kind}; {UNREADABLE}")
         if not aside:
             look._add("folder", str(folder), "extra", folder.name, "it has no journal")
+    for kept in logs.kept_logs(settings):
+        late_s = time.time() - kept.until
+        if late_s > LOG_LATE_S:
+            words = f"it was to go {late_s / 60:.0f} minutes ago; a worker removes it, or --mend"
+            look._add("log", str(kept.path), "extra", kept.container_id, words)
     configs = {str(known.bundle / "config.json"): one for one, known in done.items()}
     look.compare(
         "bundle", "bundle", {one: owner for one, owner in configs.items() if Path(one).exists()}, configs

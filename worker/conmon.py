@@ -43,7 +43,11 @@ def create(
     exit_dir = settings.exit_dir
     for folder in (log_path.parent, exit_dir):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    argv = _conmon_argv(runsc, container_id, bundle_dir, log_path, exit_dir, netns_path)
+    _cut_log(log_path, settings.log_max_bytes)
+    argv = [
+        *_conmon_argv(runsc, container_id, bundle_dir, log_path, exit_dir, netns_path),
+        f"--log-size-max={settings.log_max_bytes}",
+    ]
     deadline = time.monotonic() + runsc.timeout_s
     try:
         answer = _spawn(faults.program("conmon.create", argv), bundle_dir / CONMON_OUTPUT, deadline)
@@ -123,6 +127,19 @@ def _conmon_argv(
         "--full-attach",  # the attach socket lies in the bundle, not in a folder of conmon's choice
         "--no-sync-log",  # an fsync for every end; logs need not outlive a power cut
     ]
+
+
+def _cut_log(log_path: Path, limit_bytes: int) -> None:
+    """Begin a full log anew: conmon appends, and counts only what it writes itself.
+
+    At its limit conmon puts an empty file in the log's place and goes on there, so that a log never
+    holds more than the limit; with the rest of an earlier start it holds less than twice as much.
+    """
+    try:
+        if log_path.stat().st_size >= limit_bytes:
+            log_path.unlink()
+    except FileNotFoundError:
+        pass  # the first start
 
 
 def _spawn(argv: list[str], output: Path, deadline: float) -> bytes:

@@ -9,13 +9,14 @@ start time (`procs.PidFds`). Whatever lacks this proof is left, and the outcome 
 import contextlib
 import fcntl
 import os
+import time
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from worker import bundle as oci
-from worker import cni_cache, conmon, journal, leftovers, netns, procs
+from worker import cni_cache, conmon, journal, leftovers, logs, netns, procs
 from worker.audit import ID_PART, Finding, audit, chain_name, half_written, lease_folder
 from worker.cni import Attachment, CniRuntime
 from worker.cni_cache import CacheEntry
@@ -54,8 +55,11 @@ def mend(settings: Settings) -> list[Outcome]:
     """
     reasons = _finish_undos(settings)
     before = audit(settings)
+    logs.prune(settings, time.time())
     work = _Work(settings)
-    orphans = {one.container_id for one in before if one.problem in ("extra", "unreadable")}
+    orphans = {
+        one.container_id for one in before if one.problem in ("extra", "unreadable") and one.kind != "log"
+    }
     for container_id in sorted(filter(CONTAINER_ID.fullmatch, orphans)):
         reasons[container_id] = work.mend_one(container_id)
     veths = {one.name for one in before if one.kind == "veth" and one.problem == "extra"}

@@ -58,6 +58,10 @@ class Settings(BaseSettings):
     )
     reconcile_s: float = Field(15.0, gt=0, description="time between two looks at what is left over")
 
+    log_max_bytes: int = Field(10 * 2**20, ge=2**16, le=2**40, description="of one sandbox's log")
+    log_keep_s: float = Field(3600.0, ge=0, description="a log stays so long after its sandbox's end")
+    logs_max_bytes: int = Field(2**30, ge=0, description="of all kept logs; the oldest go first")
+
     @field_validator("host")
     @classmethod
     def _host_is_a_name(cls, value: str) -> str:
@@ -108,6 +112,11 @@ class Settings(BaseSettings):
     def sandboxes_dir(self) -> Path:
         """One folder a sandbox: journal, bundle, log."""
         return self.state_dir / "sandboxes"
+
+    @property
+    def logs_dir(self) -> Path:
+        """Logs of sandboxes that have ended (`worker.logs`)."""
+        return self.state_dir / "logs"
 
     @property
     def own_cni_conf_dir(self) -> Path:

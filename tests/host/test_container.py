@@ -418,3 +418,14 @@ def _copy_program(name: str, root: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(Path(path).read_bytes())
         target.chmod(0o755)
+
+
+def test_a_log_is_bounded_and_keeps_the_newest(make_sandbox):
+    """conmon begins the file anew at its limit."""
+    limit = 1 << 16
+    box = make_sandbox()
+    box.settings = box.settings.model_copy(update={"log_max_bytes": limit})
+    box.run("seq", "1", "100000")
+    assert box.wait() == 0
+    assert 0 < (box.folder / "log").stat().st_size <= limit
+    assert box.log().splitlines()[-1] == "100000"

@@ -253,3 +253,22 @@ def _wait_for(is_so):
     while not is_so():
         assert time.monotonic() < deadline, "the doubles did not start"
         time.sleep(0.01)
+
+
+def test_conmon_bounds_the_log(create, settings, bin_dir):
+    create()
+    argv = json.loads((bin_dir / "called.json").read_text())["argv"]
+    assert f"--log-size-max={settings.log_max_bytes}" in argv
+
+
+def test_a_full_log_of_an_earlier_start_is_begun_anew(create, bundle_dir, settings):
+    """conmon counts only its own bytes: a sandbox that is restarted for ever would fill the disk."""
+    log_path = bundle_dir.parent / "log"
+    with log_path.open("wb") as log:
+        log.truncate(settings.log_max_bytes - 1)
+    create()
+    assert log_path.stat().st_size == settings.log_max_bytes - 1
+    with log_path.open("ab") as log:
+        log.write(b"x")
+    create()
+    assert not log_path.exists() or log_path.stat().st_size == 0
