@@ -240,19 +240,36 @@ def wait(
     goal: Annotated[str, typer.Option("--for", metavar="running|terminal")] = "terminal",
     timeout: Annotated[float | None, typer.Option(metavar="S", help="Longest wait in seconds.")] = None,
 ) -> None:
-    """Wait until sandboxes run or have ended; exit 1 if one failed or the time is up."""
+    """Wait until sandboxes run or have ended; exit 1 if one failed or the time is up.
+
+    Ends are printed as `ID CODE`, a line each; of a single ID its exit code is this command's as well.
+    """
     with errors_for_humans():
         if goal not in ("running", "terminal"):
             raise BadInput(f"--for {goal}", "not known", "running or terminal")
         client = Client(load_settings())
         wanted = _named(client, ids, batch)
         states = wait_for(client, [row["id"] for row in wanted], goal, timeout)
-        good = {State.RUNNING} if goal == "running" else {State.EXITED, State.CANCELLED}
+        # Who has ended by itself did run.
+        good = {State.EXITED, State.RUNNING if goal == "running" else State.CANCELLED}
         late = [one for one, state in states.items() if state not in good and state not in TERMINAL]
         if late:
             say(f"sandbatch: wait: {len(late)} of {len(states)} not there yet; see sandbatch ls")
+        code = _print_codes(client, list(states)) if goal == "terminal" else 0
         if any(state not in good for state in states.values()):
-            raise tell_failures(client, list(states))
+            raise tell_failures(client, list(states), code)
+        if code and len(ids or ()) == 1:
+            raise typer.Exit(code)
+
+
+def _print_codes(client: Client, ids: list[str]) -> int:
+    """Print how each program ended; returns the last code."""
+    code = 0
+    for row in client.record.get_all(ids):
+        if row["exit_code"] is not None and row["state"] in TERMINAL:
+            out.print(f"{row['id']} {row['exit_code']}")
+            code = int(row["exit_code"])
+    return code
 
 
 @app.command(epilog="Example: sandbatch rm --all")
@@ -270,26 +287,70 @@ def rm(
 
     with errors_for_humans():
         client = Client(load_settings())
-        if everything:
-            if ids or batch is not None:
-                raise BadInput("--all", "ids or --batch are given as well", "give one of the three")
-            rows = [row for row in client.select() if not row["removed"]]
-        else:
-            rows = _named(client, ids, batch, unknown_ok=force)
+        rows = _all_or_named(client, ids, batch, everything, unknown_ok=force)
         remove(client.app(), client.record, rows)
-        names = [row["id"] for row in rows]
-        away = _on_hosts_away(client, rows)
-        states = {} if no_wait else wait_for(client, [one for one in names if one not in away], "gone", None)
-        if names:
-            out.print("\n".join(names))
-        if away and not no_wait:
-            hosts = ", ".join(sorted(set(away.values())))
-            say(f"sandbatch: rm: {', '.join(away)}: host {hosts} is not up; it undoes them once it is back")
-            raise typer.Exit(1)
-        stuck = [one for one, state in states.items() if state == State.STUCK]
-        if stuck:
-            say(f"sandbatch: rm: {', '.join(stuck)} stuck, its host goes on trying; see sandbatch show")
-            raise typer.Exit(1)
+        _until_gone(client, "rm", rows, no_wait=no_wait)
+
+
+@app.command(epilog="Example: sandbatch stop --time 30 sb-0123")
+def stop(
+    ids: Ids = None,
+    batch: Batch = None,
+    everything: Annotated[bool, typer.Option("--all", help="All that have not ended.")] = False,
+    grace: Annotated[
+        float | None,
+        typer.Option("-t", "--time", min=0, max=3600, metavar="S", help="Grace; by default that of the run."),
+    ] = None,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Ask for it, and return.")] = False,
+) -> None:
+    """Ask sandboxes to end (TERM), and end them after a grace (KILL); waits for that. Prints their ids.
+
+    They keep their record, their exit code and, for a while, their log.
+    """
+    from tasks.submit import stop as ask_to_stop
+
+    with errors_for_humans():
+        client = Client(load_settings())
+        rows = _all_or_named(client, ids, batch, everything)
+        ask_to_stop(client.app(), client.record, rows, grace)
+        _until_gone(client, "stop", rows, no_wait=no_wait)
+
+
+def _all_or_named(
+    client: Client,
+    ids: list[str] | None,
+    batch: str | None,
+    everything: bool,
+    *,
+    unknown_ok: bool = False,
+) -> list[dict[str, Any]]:
+    if not everything:
+        return _named(client, ids, batch, unknown_ok=unknown_ok)
+    if ids or batch is not None:
+        raise BadInput("--all", "ids or --batch are given as well", "give one of the three")
+    return [row for row in client.select() if not row["removed"]]
+
+
+def _until_gone(client: Client, command: str, rows: list[dict[str, Any]], *, no_wait: bool) -> None:
+    """Print the ids; wait until nothing of them is left, but not for a host that is not up.
+
+    Raises:
+        typer.Exit: 1 where something stays, which is said.
+    """
+    names = [row["id"] for row in rows]
+    away = _on_hosts_away(client, rows)
+    states = {} if no_wait else wait_for(client, [one for one in names if one not in away], "gone", None)
+    if names:
+        out.print("\n".join(names))
+    if away and not no_wait:
+        hosts = ", ".join(sorted(set(away.values())))
+        todo = "it undoes them once it is back"
+        say(f"sandbatch: {command}: {', '.join(away)}: host {hosts} is not up; {todo}")
+        raise typer.Exit(1)
+    stuck = [one for one, state in states.items() if state == State.STUCK]
+    if stuck:
+        say(f"sandbatch: {command}: {', '.join(stuck)} stuck, its host goes on trying; see sandbatch show")
+        raise typer.Exit(1)
 
 
 def _on_hosts_away(client: Client, rows: list[dict[str, Any]]) -> dict[str, str]:

@@ -22,6 +22,8 @@ def sandboxes(rows: list[dict[str, Any]]) -> Table:
     made = table("ID", "STATE", "HOST", "IP", "NETWORK", "AGE", "COMMAND", "ERROR")
     for row in rows:
         state = row["state"] if row["state"] != "launching" else f"launching ({row['stage'] or '…'})"
+        if row["state"] == "exited" and row["exit_code"] is not None:
+            state = f"exited ({row['exit_code']})"
         error = row["error"] or {}
         why = f"{error['stage']}: {error['message']}" if error else ""
         command = " ".join(row["args"])
@@ -82,6 +84,9 @@ def details(row: dict[str, Any]) -> Table:
         "running": row["running_at"],
         "ended": row["ended_at"],
         "exit code": row["exit_code"],
+        "ended by": row["reason"],
+        "restarts": row["restarts"] or None,
+        "log kept until": row["log_until"],
         "error": f"{error['stage']}: {error['message']}" if error else None,
     }
     for name, value in shown.items():

@@ -191,5 +191,5 @@ def run(
         states = wait_for(client, ids, "running", None) if wait else {}
         if as_json:
             print_json([shown(row) for row in client.record.get_all(ids)])
-        if any(state != State.RUNNING for state in states.values()):
+        if any(state not in (State.RUNNING, State.EXITED) for state in states.values()):
             raise tell_failures(client, ids)

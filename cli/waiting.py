@@ -25,10 +25,10 @@ def wait_for(client: Client, ids: list[str], goal: str, timeout_s: float | None)
         return client.wait(ids, goal, timeout_s, draw)
 
 
-def tell_failures(client: Client, ids: list[str]) -> typer.Exit:
-    """Say why sandboxes failed; the exit to raise."""
+def tell_failures(client: Client, ids: list[str], code: int = 0) -> typer.Exit:
+    """Say why sandboxes failed; the exit to raise, with the exit code of the one that there is."""
     for row in client.record.get_all(ids):
         if row["error"]:
             error = row["error"]
             say(f"sandbatch: {row['id']}: {row['state']} at {error['stage']}: {error['message']}")
-    return typer.Exit(1)
+    return typer.Exit(code if code and len(ids) == 1 else 1)

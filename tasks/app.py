@@ -14,11 +14,14 @@ LAUNCH_QUEUE = "launch"
 PRIORITY = {
     "unwind": 0,
     "undo": 0,
+    "ended": 0,
+    "stop": 0,
     "ready": 1,
     "container": 2,
     "bundle": 3,
     "network": 4,
     "netns": 5,
+    "restart": 6,
     "place": 9,
 }
 VISIBILITY_TIMEOUT_S = 600  # > 5 x the hard limit; recovery comes from reconcile, not from this

@@ -1,4 +1,4 @@
-"""What a worker's main process does beside its tasks: heartbeat, prober, reconcile. A Celery bootstep."""
+"""What a worker's main process does beside its tasks: heartbeat, keeper, reconcile. A Celery bootstep."""
 
 import logging
 import os
@@ -24,8 +24,8 @@ from worker import journal as journals
 from worker import logs, reconcile
 from worker.cni_config import list_networks
 from worker.journal import boot_id
+from worker.keeper import Keeper
 from worker.launch import begin_waiting
-from worker.prober import Prober
 from worker.settings import Settings
 
 log = logging.getLogger("sandbatch")
@@ -33,7 +33,7 @@ VERSION = "0.1.0"
 
 
 class HostStep(bootsteps.StartStopStep):
-    """Everything that the main process of a worker does for its host, in a thread and a prober's loop."""
+    """Everything that the main process of a worker does for its host, in a thread and the keeper's loop."""
 
     requires = ("celery.worker.components:Pool",)
     due_at_start: reconcile.Due | None = None  # found before the worker took any message
@@ -48,15 +48,15 @@ class HostStep(bootsteps.StartStopStep):
         self._owner = host_owner(self._settings)
         self._broker_life = ""
         self._later = reconcile.Later(self._settings)
-        self._prober = Prober(self._settings, publish_ready)
-        self._prober.start()
+        self._keeper = Keeper(self._settings, workflow.this_host(), Messages())
+        self._keeper.start()
         self._thread = threading.Thread(target=self._live, name="host", daemon=True)
         self._thread.start()
 
     def stop(self, parent: Any) -> None:
         self._stop.set()
         self._thread.join(timeout=5)
-        self._prober.stop()
+        self._keeper.stop()
         try:
             self._record.leave(self._settings.host)
         except redis.RedisError as error:
@@ -110,7 +110,12 @@ class HostStep(bootsteps.StartStopStep):
             if "ready" not in known.begun:
                 with journals.locked(self._settings.sandboxes_dir, known.container_id, wait_s=1) as mine:
                     begin_waiting(mine)
-            self._prober.wait_for(known.container_id)
+        for known in due.ended:
+            Messages().ended(known.container_id, known.attempt)
+        for known in due.restart:
+            Messages().restart(known.container_id, known.attempt)
+        for known in [*due.wait, *due.watch, *due.relaunch]:
+            self._keeper.watch(known.container_id)
         for known in [*due.report, *due.relaunch, *due.wait]:
             if workflow.report(known):
                 self._later.settle(known.container_id)
@@ -118,11 +123,24 @@ class HostStep(bootsteps.StartStopStep):
                     workflow.forget(known)
 
 
-def publish_ready(container_id: str, attempt: int, outcome: str, detail: str) -> None:
-    """Tell the outcome of a probe by a task on this host's queue, with the errback of a launch."""
-    order = Order(container_id=container_id, attempt=attempt)
-    signature = workflow.step("ready", order, outcome=outcome, detail=detail)
-    signature.on_error(workflow.step("unwind", order, final="failed")).apply_async()
+class Messages:
+    """What the keeper tells, as tasks on this host's queue (`worker.keeper.Tell`)."""
+
+    def ready(self, container_id: str, attempt: int, outcome: str, detail: str) -> None:
+        order = Order(container_id=container_id, attempt=attempt)
+        signature = workflow.step("ready", order, outcome=outcome, detail=detail)
+        # With the errback of a launch: a sandbox that does not answer has failed.
+        signature.on_error(workflow.step("unwind", order, final="failed")).apply_async()
+
+    def ended(self, container_id: str, attempt: int) -> None:
+        workflow.step("ended", Order(container_id=container_id, attempt=attempt)).apply_async()
+
+    def restart(self, container_id: str, attempt: int) -> None:
+        workflow.step("restart", Order(container_id=container_id, attempt=attempt)).apply_async()
+
+    def stop(self, container_id: str, attempt: int, reason: str) -> None:
+        order = Order(container_id=container_id, attempt=attempt)
+        workflow.step("stop", order, reason=reason).apply_async()
 
 
 def host_facts(current: Settings) -> dict[str, Any]:

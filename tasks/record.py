@@ -22,6 +22,7 @@ from worker.spec import Spec
 PREFIX = "sandbatch:"
 EVENTS = PREFIX + "events"
 SANDBOXES = PREFIX + "sandboxes"  # sorted set: id by time of creation
+DEADLINES = PREFIX + "deadlines"  # sorted set: id by its deadline, of what may still be queued
 QUEUED = PREFIX + "queued"  # sorted set: id by the time of its last message, of what no host has taken
 HOSTS = PREFIX + "hosts"
 EPOCH = PREFIX + "epoch"  # whoever finds none makes one: it goes with the broker's data
@@ -41,6 +42,7 @@ class Wish:
     attempt: int
     is_removed: bool
     placed_at_s: float
+    stop_grace_s: float | None  # None: nobody has asked it to stop
 
 
 class Record:
@@ -72,6 +74,8 @@ class Record:
                 pipe.hset(_key(container_id), mapping=fields)
                 pipe.zadd(SANDBOXES, {container_id: score})
                 pipe.zadd(QUEUED, {container_id: score})
+                if spec.deadline_at is not None:
+                    pipe.zadd(DEADLINES, {container_id: _epoch(spec.deadline_at)})
             pipe.execute()
 
     def claim(self, container_id: str, host: str, attempt: int) -> bool:
@@ -126,7 +130,7 @@ class Record:
                 "host": host,
             },
         )
-        pipe.zadd(SANDBOXES, {journal.container_id: datetime.fromisoformat(journal.created_at).timestamp()})
+        pipe.zadd(SANDBOXES, {journal.container_id: _epoch(journal.created_at)})
         pipe.sadd(_host_key(host) + ":sandboxes", journal.container_id)
         pipe.execute()
 
@@ -139,10 +143,29 @@ class Record:
 
         The record itself goes some time after the sandbox's end.
         """
+        self._mark_all("removed", dict.fromkeys(container_ids, "1"))
+
+    def mark_stopped(self, graces: dict[str, float]) -> None:
+        """Note the grace in seconds of those that are to stop; a message that is lost is published again."""
+        self._mark_all("stop", {container_id: str(grace) for container_id, grace in graces.items()})
+
+    def _mark_all(self, name: str, values: dict[str, str]) -> None:
         pipe = self.client.pipeline(transaction=False)
-        for container_id in container_ids:
-            self._mark(keys=[_key(container_id)], client=pipe)
+        for container_id, value in values.items():
+            self._mark(keys=[_key(container_id)], args=[name, value], client=pipe)
         pipe.execute()
+
+    def overdue(self) -> list[tuple[str, int, str]]:
+        """Queued sandboxes whose deadline has passed, as (id, attempt, deadline); each is told of once."""
+        ids = cast("list[str]", self.client.zrangebyscore(DEADLINES, "-inf", time.time()))
+        found = []
+        for container_id in ids:
+            state, attempt, spec = self.client.hmget(_key(container_id), ["state", "attempt", "spec"])
+            if state == State.QUEUED and spec:
+                found.append((container_id, int(attempt or 1), json.loads(spec)["deadline_at"]))
+            else:  # a host has it, and its own clock
+                self.client.zrem(DEADLINES, container_id)
+        return found
 
     def is_wanted(self, container_id: str) -> bool:
         """False once somebody has removed it, or it has ended."""
@@ -185,14 +208,15 @@ class Record:
         ids = sorted(cast("set[str]", self.client.smembers(_host_key(host) + ":sandboxes")))
         pipe = self.client.pipeline(transaction=False)
         for container_id in ids:
-            pipe.hmget(_key(container_id), ["state", "attempt", "removed", "placed_at"])
+            pipe.hmget(_key(container_id), ["state", "attempt", "removed", "placed_at", "stop"])
         found = []
-        for container_id, (state, attempt, removed, placed_at) in zip(ids, pipe.execute(), strict=True):
+        for container_id, (state, attempt, removed, placed_at, stop) in zip(ids, pipe.execute(), strict=True):
             if state is None or state in TERMINAL:
                 self.client.srem(_host_key(host) + ":sandboxes", container_id)
                 continue
-            placed_s = datetime.fromisoformat(placed_at).timestamp() if placed_at else 0.0
-            found.append(Wish(container_id, State(state), int(attempt), removed == "1", placed_s))
+            placed_s = _epoch(placed_at) if placed_at else 0.0
+            grace_s = float(stop) if stop else None
+            found.append(Wish(container_id, State(state), int(attempt), removed == "1", placed_s, grace_s))
         return found
 
     def long_queued(self, age_s: float) -> list[tuple[str, int, str | None]]:
@@ -263,6 +287,10 @@ class Record:
 
     def leave(self, host: str) -> None:
         self.client.delete(_host_key(host), _host_key(host) + ":owner")
+
+
+def _epoch(stamp: str) -> float:
+    return datetime.fromisoformat(stamp).timestamp()
 
 
 def _key(container_id: str) -> str:

@@ -23,8 +23,12 @@ if ARGV[7] ~= '' then
   if tonumber(ARGV[6]) == attempt and tonumber(ARGV[7]) <= seq then return 0 end
 end
 local target = ARGV[2]
+local terminal_now = false
+for _, name in ipairs(cjson.decode(ARGV[5])) do
+  if name == state then terminal_now = true end
+end
 if target ~= state then
-  local allowed = false
+  local allowed = tonumber(ARGV[6]) > attempt and not terminal_now  -- a new attempt begins anew
   for _, move in ipairs(cjson.decode(ARGV[4])[state]) do
     if move == target then allowed = true end
   end
@@ -69,8 +73,9 @@ redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[5], '*', 'id', ARGV[1],
 return 1
 """
 
-# KEYS: record. Only where there is one: a field by itself would make a record without an end.
-MARK = "if redis.call('EXISTS', KEYS[1]) == 1 then redis.call('HSET', KEYS[1], 'removed', '1') end"
+# KEYS: record.  ARGV: field, value.
+# Only where there is one: a field by itself would make a record without an end.
+MARK = "if redis.call('EXISTS', KEYS[1]) == 1 then redis.call('HSET', KEYS[1], ARGV[1], ARGV[2]) end"
 
 # KEYS: owner of a host's name.  ARGV: owner, seconds.
 NAME = """

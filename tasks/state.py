@@ -10,6 +10,7 @@ class State(StrEnum):
     PLACED = "placed"  # a host has taken it
     LAUNCHING = "launching"  # its stages are being done
     RUNNING = "running"  # it answered its probe
+    RESTARTING = "restarting"  # its program failed; it is started anew after a pause
     STOPPING = "stopping"  # it is being undone on its way to exited or cancelled
     UNDOING = "undoing"  # a stage failed; it is being undone on its way to failed
     STUCK = "stuck"  # an undo keeps failing; reconcile goes on trying
@@ -20,18 +21,19 @@ class State(StrEnum):
 
 TERMINAL = frozenset({State.EXITED, State.FAILED, State.CANCELLED})
 
-_ON_HOST = {State.LAUNCHING, State.RUNNING, State.STOPPING, State.UNDOING, State.STUCK, *TERMINAL}
 _ENDING = {State.STUCK, State.STOPPING, State.UNDOING, *TERMINAL}
+_ON_HOST = {State.LAUNCHING, State.RUNNING, State.RESTARTING, *_ENDING}
 
 # A host reports the newest view of its journal, not each event: so a move may leave states out, but
-# never goes back. The same state again is no move.
+# never goes back, but with a new attempt. The same state again is no move.
 MOVES: dict[State, frozenset[State]] = {
     State.QUEUED: frozenset(
         {State.PLACED, State.CANCELLED, State.FAILED}
     ),  # failed: the host refused the spec
     State.PLACED: frozenset({State.QUEUED} | _ON_HOST),  # queued: its host never began, another may
     State.LAUNCHING: frozenset(_ON_HOST),
-    State.RUNNING: frozenset(_ENDING),
+    State.RUNNING: frozenset({State.RESTARTING} | _ENDING),
+    State.RESTARTING: frozenset(_ON_HOST),
     State.STOPPING: frozenset(_ENDING),
     State.UNDOING: frozenset(_ENDING),
     State.STUCK: frozenset(_ENDING),  # an undo that works at last

@@ -4,6 +4,7 @@ import contextlib
 import re
 import secrets
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 from celery import Celery
@@ -73,19 +74,52 @@ def remove(app: Celery, record: Record, sandboxes: Sequence[dict[str, Any]]) -> 
     """
     record.mark_removed([sandbox["id"] for sandbox in sandboxes])
     for sandbox in sandboxes:
-        if sandbox["state"] in TERMINAL or record.cancel(sandbox["id"], sandbox["attempt"]):
+        if sandbox["state"] not in TERMINAL and record.cancel(sandbox["id"], sandbox["attempt"]):
             continue
         now = record.get(sandbox["id"]) or sandbox
-        if now["state"] not in TERMINAL:
-            publish_unwind(app, now["id"], now["attempt"], now["host"], State.EXITED)
+        if now["state"] not in TERMINAL or _has_log(now):
+            publish_unwind(app, now["id"], now["attempt"], now["host"], State.EXITED, forget=True)
 
 
-def publish_unwind(app: Celery, container_id: str, attempt: int, host: str, final: str) -> None:
+def stop(
+    app: Celery, record: Record, sandboxes: Sequence[dict[str, Any]], grace_s: float | None = None
+) -> None:
+    """Ask sandboxes to end; after the grace, by default that of each, their hosts end them."""
+    live = {one["id"]: one for one in sandboxes if one["state"] not in TERMINAL}
+    graces = {name: one["spec"].get("stop_grace_s", 10.0) for name, one in live.items()}
+    if grace_s is not None:
+        graces = dict.fromkeys(graces, grace_s)
+    record.mark_stopped(graces)
+    for name, one in live.items():
+        if not record.cancel(name, one["attempt"]):
+            now = record.get(name) or one
+            if now["state"] not in TERMINAL:
+                publish_stop(app, name, now["attempt"], now["host"], graces[name])
+
+
+def _has_log(sandbox: dict[str, Any]) -> bool:
+    """Its host still keeps what it wrote."""
+    until = sandbox["log_until"]
+    return bool(until and sandbox["host"]) and datetime.fromisoformat(until) > datetime.now(UTC)
+
+
+def publish_unwind(
+    app: Celery, container_id: str, attempt: int, host: str, final: str, *, forget: bool = False
+) -> None:
     """Publish the undo of whatever the sandbox holds on `host`; harmless to repeat."""
+    _publish(app, "unwind", container_id, attempt, host, final=final, forget=forget)
+
+
+def publish_stop(app: Celery, container_id: str, attempt: int, host: str, grace_s: float) -> None:
+    """Publish the wish that a sandbox stops; harmless to repeat."""
+    _publish(app, "stop", container_id, attempt, host, reason="stop", grace_s=grace_s)
+
+
+def _publish(app: Celery, step: str, container_id: str, attempt: int, host: str, **more: Any) -> None:
     app.send_task(
-        "sandbatch.unwind",
-        kwargs={"message": Order(container_id=container_id, attempt=attempt).model_dump(), "final": final},
-        argsrepr=f"unwind · {container_id} · {host}",
+        f"sandbatch.{step}",
+        kwargs={"message": Order(container_id=container_id, attempt=attempt).model_dump(), **more},
+        argsrepr=f"{step} · {container_id} · {host}",
         kwargsrepr="{}",
-        **options("unwind", host),
+        **options(step, host),
     )

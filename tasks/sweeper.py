@@ -11,9 +11,9 @@ from typing import Any
 from celery import Celery
 
 from tasks.app import LAUNCH_QUEUE, PRIORITY, host_queue
-from tasks.record import Record
+from tasks.record import Record, Wish
 from tasks.state import State
-from tasks.submit import publish_place, publish_unwind
+from tasks.submit import publish_place, publish_stop, publish_unwind
 from worker import journal
 from worker.errors import JournalError
 
@@ -38,24 +38,33 @@ def sweep_host(app: Celery, record: Record, host: str, sandboxes_dir: Path, *, i
                 record.put(wish.container_id, State.FAILED, wish.attempt, {"error": error}, host=host)
             elif is_first or time.time() - wish.placed_at_s > LOST_S:
                 publish_place(app, [(wish.container_id, wish.attempt, host)])
-        elif wish.is_removed:
-            _remove_again(app, host, folder)
+        elif wish.is_removed or wish.stop_grace_s is not None:
+            _ask_again(app, host, folder, wish)
 
 
-def _remove_again(app: Celery, host: str, folder: Path) -> None:
-    """The message of an `rm` that no worker has heard."""
+def _ask_again(app: Celery, host: str, folder: Path, wish: Wish) -> None:
+    """The message of an `rm` or a `stop` that no worker has heard."""
     try:
         known = journal.read(folder)
     except JournalError:
         return  # it has just ended; or cannot be read, which audit shows
-    if not known.is_unwinding:
-        publish_unwind(app, known.container_id, known.attempt, host, State.EXITED)
+    if known.is_unwinding:
+        return
+    if wish.is_removed:
+        publish_unwind(app, known.container_id, known.attempt, host, State.EXITED, forget=True)
+    elif wish.stop_grace_s is not None and not known.facts.get("stop"):
+        publish_stop(app, known.container_id, known.attempt, host, wish.stop_grace_s)
 
 
 def sweep_fleet(app: Celery, record: Record) -> None:
     """Publish `place` again for what is queued while its queue is empty; by one worker at a time."""
     if not record.may_sweep(SWEEP_S):
         return
+    for container_id, attempt, deadline in record.overdue():
+        message = f"its deadline, {deadline}, has passed before a host had room"
+        error = json.dumps({"stage": "place", "message": message})
+        fields = {"error": error, "reason": "deadline"}
+        record.put(container_id, State.FAILED, attempt, fields, only_from=State.QUEUED)
     lost = record.long_queued(LOST_S)
     if not lost:
         return

@@ -14,9 +14,12 @@ def view(journal: Journal) -> tuple[State, dict[str, str]]:
     ips = journal.data.get("network", {}).get("ips", [])
     if ips:
         fields |= {"ip": ips[0], "ips": json.dumps(ips)}
-    for name in ("exit_code", "running_at", "ended_at"):
-        if facts.get(name) is not None:
+    is_over = journal.is_unwinding or bool(facts.get("restart_at"))
+    for name in ("exit_code", "running_at", "ended_at", "reason", "restarts", "log_until"):
+        if facts.get(name) is not None and (name != "ended_at" or is_over):
             fields[name] = str(facts[name])
+    if journal.final and journal.spec.remove:
+        fields["removed"] = "1"
     if facts.get("error"):
         fields["error"] = json.dumps(facts["error"])
     current = [run.name for run in journal.runs if run.verb == "do"]
@@ -47,7 +50,10 @@ def shape(raw: dict[str, str]) -> dict[str, Any]:
         "running_at": raw.get("running_at"),
         "ended_at": raw.get("ended_at"),
         "exit_code": int(raw["exit_code"]) if raw.get("exit_code") else None,
+        "reason": raw.get("reason"),
+        "restarts": int(raw.get("restarts") or 0),
         "error": json.loads(raw["error"]) if raw.get("error") else None,
+        "log_until": raw.get("log_until"),
         "removed": raw.get("removed") == "1",
         "stages": stages,
         "spec": spec,
@@ -61,6 +67,10 @@ def _state(journal: Journal) -> State:
         return State.STUCK
     if journal.is_unwinding:
         return State.UNDOING if journal.facts["wanted"] == State.FAILED else State.STOPPING
-    if journal.is_done("ready"):
+    if journal.facts.get("restart_at"):
+        return State.RESTARTING
+    if journal.facts.get("stop") and journal.is_up:
+        return State.STOPPING
+    if journal.is_done("ready") and not journal.is_stale:
         return State.RUNNING
     return State.LAUNCHING

@@ -1,6 +1,7 @@
 """The Celery tasks of a host: one a stage, one an undo, each a thin skin on `worker.launch`.
 
-place ─▶ netns ─▶ network ─▶ bundle ─▶ container ┄ prober ┄▶ ready
+place ─▶ netns ─▶ network ─▶ bundle ─▶ container ┄ keeper ┄▶ ready ┄ keeper ┄▶ ended
+           │            restart: the same again, after the undos ◀────────────────┤
            └──────── any failure: unwind ─▶ undo.container ─▶ undo.bundle ─▶ undo.network ─▶ undo.netns
 """
 
@@ -8,6 +9,7 @@ import json
 import logging
 import random
 import time
+from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any
 
@@ -21,12 +23,13 @@ from tasks.connection import connect
 from tasks.messages import Order, read_order
 from tasks.record import Record
 from tasks.state import State
+from worker import conmon, ends, logs, procs
 from worker import journal as journals
 from worker.errors import Busy, JournalError, SandbatchError
 from worker.journal import Journal
+from worker.keeper import hand_over
 from worker.launch import begin_waiting, end_waiting, finish, run_stage, undo_stage, want_end
 from worker.probe_runsc import probe
-from worker.prober import hand_over
 from worker.spec import Spec
 from worker.stages import STAGE, STAGES, Host, make_host, stages_of
 
@@ -36,7 +39,7 @@ MAX_TRIES, MAX_TRYING_S = 5, 60.0  # of one stage or undo whose error can pass
 BUSY_WAIT_S = 2.0  # a twin of a message ends within the time of one stage
 MAX_BUSY_TRIES = 60
 TASK_STAGES = tuple(stage.name for stage in STAGES if stage.name != "ready")  # a probe is no task
-LAST = "container"  # after it the prober waits
+LAST = "container"  # after it the keeper waits
 
 app: Celery = make_app(settings(), settings().host)
 
@@ -98,6 +101,9 @@ def place(self: "Task[Any, Any]", message: dict[str, Any]) -> dict[str, str]:
         raise Reject(error, requeue=True) from error
     try:
         spec = Spec.model_validate_json(known[0])
+        if spec.deadline_at is not None and datetime.fromisoformat(spec.deadline_at) <= datetime.now(UTC):
+            _refuse(order, f"its deadline, {spec.deadline_at}, has passed before a host had room", "deadline")
+            raise Ignore
         sandboxes = settings().sandboxes_dir
         journals.create(sandboxes, order.container_id, attempt=order.attempt, batch=known[1], spec=spec)
     except ValueError as error:
@@ -118,6 +124,8 @@ def place(self: "Task[Any, Any]", message: dict[str, Any]) -> dict[str, str]:
                 _finish_if_empty(journal)
             elif journal.attempt == order.attempt and not journal.begun and not journal.is_unwinding:
                 launch_chain(order, journal.spec).apply_async()
+                if spec.deadline_at is not None:
+                    hand_over(settings(), order.container_id)
     except JournalError:
         raise Ignore from None  # ended and forgotten since
     if journal.final:
@@ -125,10 +133,10 @@ def place(self: "Task[Any, Any]", message: dict[str, Any]) -> dict[str, str]:
     return {"host": host}
 
 
-def _refuse(order: Order, message: str) -> None:
+def _refuse(order: Order, message: str, reason: str = "refused") -> None:
     """End a sandbox at `place`: nothing of it has been begun."""
-    error = json.dumps({"stage": "place", "message": message[:400]})
-    record().put(order.container_id, State.FAILED, order.attempt, {"error": error}, host=settings().host)
+    fields = {"error": json.dumps({"stage": "place", "message": message[:400]}), "reason": reason}
+    record().put(order.container_id, State.FAILED, order.attempt, fields, host=settings().host)
 
 
 def _stage_task(name: str) -> None:
@@ -178,34 +186,93 @@ for _name in TASK_STAGES:
 
 @app.task(name="sandbatch.ready", bind=True, max_retries=None)
 def ready(self: "Task[Any, Any]", message: dict[str, Any], outcome: str, detail: str) -> None:
-    """Note what the prober saw: the sandbox is running, or failed."""
+    """Note what the keeper saw: the sandbox is running, or failed."""
     order = read_order(message)
     try:
         with _journal(order) as journal:
-            if end_waiting(journal, outcome, detail):
+            if end_waiting(journal, outcome, detail) and "running_at" not in journal.facts:
                 journal.set_facts(running_at=journals.now())
+    except Busy as error:
+        raise _again(self, order, error) from error
+    report(journal)
+    if journal.spec.ttl_s is not None:
+        hand_over(settings(), order.container_id)
+
+
+@app.task(name="sandbatch.ended", bind=True, max_retries=None)
+def ended(self: "Task[Any, Any]", message: dict[str, Any]) -> None:
+    """Note that the program has ended: the restart policy follows, or the undos."""
+    order = read_order(message)
+    try:
+        with _journal(order) as journal:
+            if not ends.note_end(settings(), journal, is_alive=_is_alive(order.container_id)):
+                raise Ignore  # a twin of this message has noted it
+            if journal.is_unwinding:
+                _begin_undo(journal)
+    except Busy as error:
+        raise _again(self, order, error) from error
+    _tell_end(journal)
+    if not journal.is_unwinding:
+        hand_over(settings(), order.container_id)  # the keeper has the clock of its next start
+
+
+@app.task(name="sandbatch.restart", bind=True, max_retries=None)
+def restart(self: "Task[Any, Any]", message: dict[str, Any]) -> None:
+    """Begin a sandbox anew: the first stage undoes what its last run holds, the network gets a new ADD."""
+    order = read_order(message)
+    try:
+        with _journal(order) as journal:
+            if journal.is_unwinding or not journal.facts.get("restart_at"):
+                raise Ignore
+            order = Order(container_id=order.container_id, attempt=journal.attempt + 1)
+            journal.new_attempt(order.attempt)
+            journal.set_facts(restart_at=None)
+            launch_chain(order, journal.spec).apply_async()
     except Busy as error:
         raise _again(self, order, error) from error
     report(journal)
 
 
+@app.task(name="sandbatch.stop", bind=True, max_retries=None)
+def stop(self: "Task[Any, Any]", message: dict[str, Any], reason: str, grace_s: float | None = None) -> None:
+    """Ask a sandbox to end: the keeper has the clock. One that runs nothing is undone."""
+    order = read_order(message)
+    try:
+        with journals.locked(settings().sandboxes_dir, order.container_id, wait_s=BUSY_WAIT_S) as journal:
+            if journal.is_unwinding:
+                raise Ignore
+            if journal.is_up:
+                ends.ask_to_stop(journal, reason, journal.spec.stop_grace_s if grace_s is None else grace_s)
+            else:
+                ends.end_unstarted(journal, reason)
+                _begin_undo(journal)
+    except JournalError:
+        _end_without_journal(order, State.CANCELLED)
+        raise Ignore from None
+    except Busy as error:
+        raise _again(self, order, error) from error
+    _tell_end(journal)
+    hand_over(settings(), order.container_id)
+
+
 @app.task(name="sandbatch.unwind", bind=True, max_retries=None)
-def unwind(self: "Task[Any, Any]", message: dict[str, Any], final: str) -> None:
-    """Turn a sandbox towards its end and publish the undos; the errback of a launch, and `rm`."""
+def unwind(self: "Task[Any, Any]", message: dict[str, Any], final: str, forget: bool = False) -> None:
+    """Turn a sandbox towards its end and publish the undos; the errback of a launch, and `rm`.
+
+    `forget`: its log as well.
+    """
     order = read_order(message)
     try:
         with journals.locked(settings().sandboxes_dir, order.container_id, wait_s=BUSY_WAIT_S) as journal:
             if journal.attempt != order.attempt and final == State.FAILED:
                 raise Ignore  # a failure of an attempt that is over
+            if forget and not journal.facts.get("forget"):
+                journal.set_facts(forget=True, **({} if journal.is_unwinding else {"reason": "rm"}))
             want_end(journal, final, _first_error(journal) if final == State.FAILED else None)
-            if "ready" in journal.begun:
-                undo_stage(this_host(), journal, STAGE["ready"])
-            order = Order(container_id=order.container_id, attempt=journal.attempt)
-            if journal.begun:
-                undo_chain(order, journal.begun).apply_async()
-            else:
-                _finish_if_empty(journal)
+            _begin_undo(journal)
     except JournalError:
+        if forget:
+            logs.drop(settings(), order.container_id)
         _end_without_journal(order, final)
         raise Ignore from None
     except Busy as error:
@@ -240,6 +307,25 @@ class _Fenced:
 
     def __exit__(self, *details: Any) -> None:
         self._manager.__exit__(*details)
+
+
+def _begin_undo(journal: Journal) -> None:
+    """Publish the undos of what the journal has as begun; finish it where there is nothing."""
+    if "ready" in journal.begun:
+        undo_stage(this_host(), journal, STAGE["ready"])
+    if journal.begun:
+        order = Order(container_id=journal.container_id, attempt=journal.attempt)
+        undo_chain(order, journal.begun).apply_async()
+    else:
+        _finish_if_empty(journal)
+
+
+def _is_alive(container_id: str) -> bool:
+    """Whether its processes are there; asked only where conmon has written no exit code."""
+    if conmon.exit_code(settings().exit_dir, container_id) is not None:
+        return False
+    roles = {one.role for one in procs.processes_of(settings().runsc_root, container_id)}
+    return {"conmon", "sandbox"} <= roles
 
 
 def _skip(journal: Journal, name: str) -> None:
@@ -279,7 +365,11 @@ def _first_error(journal: Journal) -> dict[str, str]:
 def _finish_if_empty(journal: Journal) -> None:
     if not journal.begun and journal.final is None:
         finish(journal)
-        journal.set_facts(ended_at=journals.now())
+        facts: dict[str, Any] = {"ended_at": journal.facts.get("ended_at", journals.now())}
+        until = None if journal.facts.get("forget") else logs.kept_until(settings(), journal.spec)
+        if until is not None and journal.log_path.exists():
+            facts["log_until"] = datetime.fromtimestamp(until, UTC).isoformat().replace("+00:00", "Z")
+        journal.set_facts(**facts)
 
 
 def _mark_stuck(order: Order, stage: str, error: SandbatchError) -> None:
@@ -299,6 +389,8 @@ def forget(journal: Journal) -> None:
     try:
         with journals.locked(settings().sandboxes_dir, journal.container_id) as current:
             if current.final:
+                if not current.facts.get("forget"):
+                    logs.keep(settings(), current)
                 current.remove()
     except (Busy, JournalError):
         return  # another task has just done it, or does it now

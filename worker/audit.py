@@ -25,6 +25,7 @@ CHAIN = re.compile(r"^:(CNI-[0-9a-f]{24}) ", re.MULTILINE)
 OUR_VETH = re.compile(r"^veth[0-9a-f]{8}$")  # as the bridge plugin names the host's end
 UNREADABLE = "audit --mend undoes what the sandbox holds, and keeps the file"
 LOG_LATE_S = 300.0  # a worker looks at the kept logs every `reconcile_s`
+END_NOTED_S = 20.0  # an end that no event has told is found by the next look at the journals
 MASQUERADE_TABLE = "cni_plugins_masquerade"  # of plugins that work through nftables
 
 
@@ -58,7 +59,7 @@ class _Look:
     def is_due(self, container_id: str, stage: str) -> bool:
         """The stage's objects must be there."""
         known = self.journals.get(container_id)
-        return known is not None and not known.is_unwinding and known.is_done(stage)
+        return known is not None and not known.is_unwinding and not known.is_stale and known.is_done(stage)
 
     def may_hold(self, container_id: str, stage: str) -> bool:
         known = self.journals.get(container_id)
@@ -309,10 +310,20 @@ def _processes(look: _Look) -> None:
     found = procs.all_sandbox_processes(look.settings.runsc_root)
     look.compare("process", "container", {f"{one.role} {one.pid}": one.container_id for one in found})
     alive = {(one.container_id, one.role) for one in found}
-    for container_id in look.journals:
+    for container_id, known in look.journals.items():
+        if not known.is_up or _has_just_ended(look.settings, container_id):
+            continue
         for role in ("conmon", "sandbox", "gofer"):
-            if look.is_due(container_id, "container") and (container_id, role) not in alive:
+            if (container_id, role) not in alive:
                 look._add("process", f"{role} of {container_id}", "missing", container_id, "it has ended")
+
+
+def _has_just_ended(settings: Settings, container_id: str) -> bool:
+    """conmon has written its exit code, and the worker has not yet had the time to note that."""
+    try:
+        return time.time() - (settings.exit_dir / container_id).stat().st_mtime < END_NOTED_S
+    except FileNotFoundError:
+        return False
 
 
 def _mounts_and_cgroups(look: _Look) -> None:

@@ -26,12 +26,12 @@ def check_all(settings: Settings) -> list[Finding]:
     """
     cni, findings = CniRuntime.from_settings(settings), []
     for known in journal.read_all(settings.sandboxes_dir)[0]:
-        if not known.is_done("container") or known.is_unwinding:
+        if not known.is_up:
             continue
         try:
             # Never two operations on one container at a time (CNI spec).
             with journal.locked(settings.sandboxes_dir, known.container_id) as current:
-                if current.is_done("container") and not current.is_unwinding:
+                if current.is_up:
                     findings += _check(cni, current, settings.runsc_network)
         except Busy:
             findings.append(_finding(known, "skipped", "somebody works on it at the moment"))

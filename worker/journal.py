@@ -69,7 +69,8 @@ class Journal:
     runs: list[StageRun] = field(default_factory=list)
     intents: dict[str, dict[str, Any]] = field(default_factory=dict)  # stage -> what its undo must know
     data: dict[str, dict[str, Any]] = field(default_factory=dict)  # stage -> what its `do` returned
-    facts: dict[str, Any] = field(default_factory=dict)  # wanted, error, running_at, ended_at, final, stuck
+    # wanted, error, final, stuck; running_at, ended_at, exit_code, reason; stop; restarts, restart_at
+    facts: dict[str, Any] = field(default_factory=dict)
     _begun: dict[str, bool] = field(default_factory=dict)  # stage -> done; absent: not begun or undone
     _stale: set[str] = field(default_factory=set)  # begun by an attempt that is over
 
@@ -87,6 +88,12 @@ class Journal:
     def is_stale(self) -> bool:
         """It holds something of an attempt that is over."""
         return bool(self._stale)
+
+    @property
+    def is_up(self) -> bool:
+        """Its program was started, and nobody has noted its end: it runs, or has ended just now."""
+        is_over = self.is_unwinding or self.is_stale or self.facts.get("restart_at")
+        return self.is_done("container") and not is_over
 
     @property
     def is_unwinding(self) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from worker.journal import Journal
 from worker.settings import Settings
+from worker.spec import Spec
 
 KEPT = re.compile(r"^(?P<id>sb-[0-9a-f]{16})\.(?P<until>[0-9]{1,12})\.log$")
 LIVE = "container.log"
@@ -34,20 +35,25 @@ def keep(settings: Settings, journal: Journal) -> Path | None:
 
     Before the journal is removed. Safe to repeat.
     """
-    spec = journal.spec
-    keep_s = settings.log_keep_s if spec.keep_s is None else spec.keep_s
-    if spec.remove:
-        keep_s = FAREWELL_S
-    if keep_s <= 0:
+    until = kept_until(settings, journal.spec)
+    if until is None:
         return None
     folder = settings.logs_dir
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    place = folder / f"{journal.container_id}.{int(time.time() + keep_s) + 1}.log"
+    place = folder / f"{journal.container_id}.{until}.log"
     try:
         journal.log_path.rename(place)
     except FileNotFoundError:
         return None  # it never had one, or it is kept already
     return place
+
+
+def kept_until(settings: Settings, spec: Spec) -> int | None:
+    """Until when, in seconds since the epoch, the log of one that ends now is kept; None: not at all."""
+    keep_s = settings.log_keep_s if spec.keep_s is None else spec.keep_s
+    if spec.remove:
+        keep_s = FAREWELL_S
+    return int(time.time() + keep_s) + 1 if keep_s > 0 else None
 
 
 def find(settings: Settings, container_id: str) -> Path | None:

@@ -1,11 +1,13 @@
 """What a worker finds when it starts, and every some seconds after: the journals decide what is due."""
 
 import logging
+import os
 import time
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
-from worker import conmon, journal
+from worker import ends, journal
 from worker.errors import Busy, JournalError
 from worker.journal import FILE, Journal, boot_id
 from worker.launch import want_end
@@ -26,7 +28,10 @@ class Due:
 
     relaunch: list[Journal] = field(default_factory=list)  # begin anew, with the attempt of the journal
     unwind: list[Journal] = field(default_factory=list)  # go on with the undo
-    wait: list[Journal] = field(default_factory=list)  # hand over to the prober
+    wait: list[Journal] = field(default_factory=list)  # began to run, and has not answered yet
+    watch: list[Journal] = field(default_factory=list)  # hand over to the keeper: it has the clock
+    ended: list[Journal] = field(default_factory=list)  # its program has ended, and nobody has noted it
+    restart: list[Journal] = field(default_factory=list)  # its next start is overdue
     report: list[Journal] = field(default_factory=list)  # tell the record
 
 
@@ -71,38 +76,28 @@ def _sort(due: Due, known: Journal, settings: Settings, boot: str, alive: set[st
         return
     if not known.is_unwinding and known.boot != boot:
         want_end(known, "failed", {"stage": _stage(known), "message": "host rebooted"})
-    if not known.is_unwinding and known.is_done("container"):
-        code = conmon.exit_code(settings.exit_dir, known.container_id)
-        if code is not None or known.container_id not in alive:
-            _note_end(known, code)
+    if known.is_up:
+        ends.note_end(settings, known, is_alive=known.container_id in alive)
     if known.is_unwinding:
         due.unwind.append(known)
-    elif known.is_done("ready"):
+    elif known.facts.get("restart_at") or (known.is_up and known.is_done("ready")):
+        due.watch.append(known)
         due.report.append(known)
-    elif known.is_done("container"):
+    elif known.is_up:
         due.wait.append(known)
     else:
         _next_attempt(due, known)
 
 
 def _next_attempt(due: Due, known: Journal) -> None:
-    if known.attempt < MAX_ATTEMPTS:
+    lost = known.attempt - known.facts.get("restarts", 0)  # a restart is an attempt as well, and no loss
+    if lost < MAX_ATTEMPTS:
         known.new_attempt(known.attempt + 1)
         due.relaunch.append(known)
         return
-    words = f"given up: {known.attempt} attempts ended with the loss of the process that made them"
+    words = f"given up: {lost} attempts ended with the loss of the process that made them"
     want_end(known, "failed", {"stage": _stage(known), "message": words})
     due.unwind.append(known)
-
-
-def _note_end(known: Journal, code: int | None) -> None:
-    words = f"ended with exit code {code}" if code is not None else "was killed from outside"
-    if known.is_done("ready"):
-        error = None if code is not None else {"stage": "container", "message": f"the sandbox {words}"}
-        want_end(known, "exited" if code is not None else "failed", error)
-    else:
-        message = f"the sandbox {words} while the worker was away"
-        want_end(known, "failed", {"stage": "ready", "message": message})
 
 
 class Later:
@@ -116,6 +111,7 @@ class Later:
         self._settings = settings
         self._written: dict[str, int] = {}  # id -> mtime_ns of its journal at the last look
         self._settled: dict[str, int] = {}  # id -> the same, of a view with which nothing is due
+        self._up: dict[str, Journal] = {}  # whose program was running at the last look
 
     def look(self) -> Due:
         due, folder = Due(), self._settings.sandboxes_dir
@@ -130,7 +126,21 @@ class Later:
             except (FileNotFoundError, JournalError):
                 continue  # it has just ended; or cannot be read, which audit shows
         self._settled = {name: at for name, at in self._settled.items() if name in self._written}
+        self._up = {name: known for name, known in self._up.items() if name in self._written}
+        self._find_ended(due)
         return due
+
+    def _find_ended(self, due: Due) -> None:
+        """Ends that no event has told: the message was lost, or the sandbox was killed with its conmon."""
+        if not self._up:
+            return
+        exits, roles = self._settings.exit_dir, dict[str, set[str]]()
+        for proc in all_sandbox_processes(self._settings.runsc_root):
+            roles.setdefault(proc.container_id, set()).add(proc.role)
+        written = set(os.listdir(exits)) if exits.is_dir() else set()
+        for name, known in self._up.items():
+            if name in written or not roles.get(name, set()) >= {"conmon", "sandbox"}:
+                due.ended.append(known)
 
     def settle(self, container_id: str) -> None:
         """The report of the last look has arrived: leave the journal alone until it is written again."""
@@ -142,24 +152,33 @@ class Later:
         self._settled.clear()
 
     def _sort(self, due: Due, known: Journal, quiet_s: float) -> None:
+        self._up.pop(known.container_id, None)
+        if known.is_up:
+            self._up[known.container_id] = known
         failures = sum(run.verb == "undo" and run.state == "failed" for run in known.runs)
         if known.final:
             due.report.append(known)
         elif known.is_unwinding:
             if quiet_s > min(QUIET_S * 2 ** min(failures, 8), LONGEST_BACKOFF_S):
                 due.unwind.append(known)
-        elif known.is_done("ready"):
+        elif known.facts.get("restart_at"):
             due.report.append(known)
-        elif known.is_done("container"):
+            overdue_s = time.time() - datetime.fromisoformat(known.facts["restart_at"]).timestamp()
+            (due.restart if overdue_s > QUIET_S else due.watch).append(known)
+            self._written.pop(known.container_id)  # never settled: its time comes without an event
+        elif known.is_up and known.is_done("ready"):
+            due.report.append(known)
+            due.watch.append(known)
+        elif known.is_up:
             due.wait.append(known)
-            self._written.pop(known.container_id)  # never settled: the prober's message may be lost
+            self._written.pop(known.container_id)  # never settled: the keeper's message may be lost
         elif quiet_s > self._settings.stall_s:
             self._fence(due, known.container_id)
 
     def _fence(self, due: Due, container_id: str) -> None:
         try:
             with journal.locked(self._settings.sandboxes_dir, container_id) as known:
-                if not known.is_unwinding and not known.is_done("container"):
+                if not known.is_unwinding and not known.is_up and not known.facts.get("restart_at"):
                     _next_attempt(due, known)
         except (Busy, JournalError):
             return  # somebody works on it after all

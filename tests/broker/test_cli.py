@@ -409,7 +409,7 @@ def follower_comes(client) -> None:
     [
         ("running", [State.RUNNING], 0),
         ("running", [State.FAILED], 1),
-        ("running", [State.RUNNING, State.EXITED], 1),
+        ("running", [State.RUNNING, State.EXITED], 0),
         ("running", [State.STUCK], 1),
         ("terminal", [State.EXITED], 0),
         ("terminal", [State.FAILED], 1),

@@ -126,6 +126,7 @@ def test_what_a_host_has_is_undone_there_before_anything_else(sender, record, br
     assert arguments(message) == {
         "message": Order(container_id=container_id, attempt=1).model_dump(),
         "final": "exited",
+        "forget": True,
     }
     assert record.get(container_id)["removed"]
 

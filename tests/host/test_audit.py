@@ -157,13 +157,26 @@ def test_a_masquerade_chain_taken_away_is_named(clean_system: System, sandbox: d
     assert clean_system.audit() == [f"missing nat chain {chain}"]
 
 
-def test_a_killed_sentry_is_named(clean_system: System, sandbox: dict[str, str]):
-    """Whatever the record says: the host says that it is gone."""
-    found = procs.processes_of(clean_system.run_dir / "runsc", sandbox["id"])
-    sentry = next(proc for proc in found if proc.role == "sandbox")
-    os.kill(sentry.pid, signal.SIGKILL)
-    clean_system.wait_until(lambda: procs.start_time(sentry.pid) is None, 10, "end of the sentry")
-    assert f"missing process sandbox of {sandbox['id']}" in clean_system.audit()
+def test_a_killed_sentry_is_an_end_like_any_other(clean_system: System, sandbox: dict[str, str]):
+    """Its conmon says so, and the undos follow."""
+    os.kill(process_of(clean_system, sandbox["id"], "sandbox"), signal.SIGKILL)
+    assert clean_system.wait([sandbox["id"]], "terminal") == {sandbox["id"]: "exited"}
+    assert clean_system.show(sandbox["id"])["exit_code"] == 137
+    assert clean_system.audit() == []
+
+
+def test_one_that_is_killed_with_its_conmon_has_failed(clean_system: System, sandbox: dict[str, str]):
+    """Nobody writes its exit code: the next look at the processes finds it."""
+    for role in ("conmon", "sandbox"):
+        os.kill(process_of(clean_system, sandbox["id"], role), signal.SIGKILL)
+    assert clean_system.wait([sandbox["id"]], "terminal") == {sandbox["id"]: "failed"}
+    assert "killed from outside" in clean_system.show(sandbox["id"])["error"]["message"]
+    assert clean_system.audit() == []
+
+
+def process_of(system: System, container_id: str, role: str) -> int:
+    found = procs.processes_of(system.run_dir / "runsc", container_id)
+    return next(one.pid for one in found if one.role == role)
 
 
 def test_objects_of_others_are_not_findings(clean_system: System, sandbox: dict[str, str]):

@@ -7,17 +7,21 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from worker import journal as journals
 from worker import reconcile
 from worker.journal import FILE, Journal
+from worker.procs import Proc
 from worker.reconcile import Due, Later
 from worker.settings import Settings
 from worker.spec import make_spec
 
 NAMES = ["netns", "network", "bundle", "container", "ready"]
+RUNNING = {"report": [1], "watch": [1]}
 
 
 @pytest.fixture
@@ -27,11 +31,10 @@ def settings(tmp_path) -> Settings:
     return settings
 
 
-def made(settings: Settings, number: int, *done: str, begun: str = "") -> Journal:
+def made(settings: Settings, number: int, *done: str, begun: str = "", **spec: Any) -> Journal:
     """A journal with these stages done, and one more begun."""
-    known = journals.create(
-        settings.sandboxes_dir, f"sb-{number:016x}", attempt=1, batch="b", spec=make_spec(args=["true"])
-    )
+    wanted = make_spec(args=["true"], **spec)
+    known = journals.create(settings.sandboxes_dir, f"sb-{number:016x}", attempt=1, batch="b", spec=wanted)
     for name in done:
         known.mark_begun(name)
         known.mark_done(name, {})
@@ -149,13 +152,13 @@ def test_a_sandbox_that_runs_goes_on(settings):
     known = made(settings, 1, *NAMES)
     before = (known.folder / FILE).read_bytes()
     with sandbox_process(settings, known.container_id):
-        assert ids(reconcile.at_start(settings)) == {"report": [1]}
+        assert ids(reconcile.at_start(settings)) == RUNNING
     assert (known.folder / FILE).read_bytes() == before
 
 
 @pytest.mark.parametrize("begun", ["", "ready"])
 def test_a_sandbox_that_has_not_answered_is_waited_for_again(settings, begun):
-    """The prober died with the worker; the deadline counts from the first wait."""
+    """The keeper died with the worker; the deadline counts from the first wait."""
     known = made(settings, 1, *NAMES[:4], begun=begun)
     with sandbox_process(settings, known.container_id):
         assert ids(reconcile.at_start(settings)) == {"wait": [1]}
@@ -168,7 +171,8 @@ def test_a_sandbox_that_ended_while_no_worker_looked_is_exited(settings, code):
     known = made(settings, 1, *NAMES)
     (settings.exit_dir / known.container_id).write_text(str(code))
     assert ids(reconcile.at_start(settings)) == {"unwind": [1]}
-    assert again(known).facts == {"wanted": "exited"}
+    facts = again(known).facts
+    assert (facts["wanted"], facts["exit_code"], facts["reason"]) == ("exited", code, "exit")
 
 
 def test_a_sandbox_that_was_killed_from_outside_is_failed(settings):
@@ -190,7 +194,7 @@ def test_a_sandbox_whose_conmon_was_killed_is_failed(settings):
 
 @pytest.mark.parametrize("code", [None, 3])
 def test_a_sandbox_that_ended_before_it_answered_is_failed(settings, code):
-    known = made(settings, 1, *NAMES[:4], begun="ready")
+    known = made(settings, 1, *NAMES[:4], begun="ready", ready="tcp:80")
     if code is not None:
         (settings.exit_dir / known.container_id).write_text(str(code))
     assert ids(reconcile.at_start(settings)) == {"unwind": [1]}
@@ -243,7 +247,14 @@ def written(known: Journal, ago_s: float) -> None:
 
 
 @pytest.fixture
-def later(settings) -> Later:
+def later(settings, monkeypatch) -> Later:
+    """On a host where every sandbox has its processes."""
+
+    def processes(root: Path) -> list[Proc]:
+        names = os.listdir(settings.sandboxes_dir)
+        return [Proc(1, 1, role, name) for name in names for role in ("conmon", "sandbox")]
+
+    monkeypatch.setattr(reconcile, "all_sandbox_processes", processes)
     return Later(settings)
 
 
@@ -260,14 +271,14 @@ def test_what_its_writer_did_not_report_is_reported(settings, later):
     written(known, 3)
     written(made(settings, 2, *NAMES), 3)
     written(made(settings, 3, *NAMES[:4]), 3)
-    assert ids(later.look()) == {"report": [1, 2], "wait": [3]}
+    assert ids(later.look()) == {"report": [1, 2], "watch": [2], "wait": [3]}
 
 
 def test_a_settled_sandbox_is_not_read_again_until_it_is_written(settings, later, monkeypatch):
     """A host with a thousand quiet sandboxes pays for a thousand `stat`s."""
     known = made(settings, 1, *NAMES)
     written(known, 100)
-    assert ids(later.look()) == {"report": [1]}
+    assert ids(later.look()) == RUNNING
     later.settle(known.container_id)
     reads, read = [], journals.read
     monkeypatch.setattr(journals, "read", lambda folder: reads.append(folder) or read(folder))
@@ -282,7 +293,7 @@ def test_a_settled_sandbox_is_not_read_again_until_it_is_written(settings, later
 def test_what_was_not_settled_is_due_again(settings, later):
     """The report did not arrive."""
     written(made(settings, 1, *NAMES), 100)
-    assert ids(later.look()) == ids(later.look()) == {"report": [1]}
+    assert ids(later.look()) == ids(later.look()) == RUNNING
 
 
 def test_an_event_between_look_and_report_is_not_settled(settings, later):
@@ -293,7 +304,7 @@ def test_an_event_between_look_and_report_is_not_settled(settings, later):
     known.set_facts(running_at="now")
     later.settle(known.container_id)
     written(known, 50)
-    assert ids(later.look()) == {"report": [1]}
+    assert ids(later.look()) == RUNNING
 
 
 def test_after_the_broker_lost_its_data_everything_is_reported_again(settings, later):
@@ -302,14 +313,14 @@ def test_after_the_broker_lost_its_data_everything_is_reported_again(settings, l
     later.look()
     later.settle(known.container_id)
     later.forget_reports()
-    assert ids(later.look()) == {"report": [1]}
+    assert ids(later.look()) == RUNNING
 
 
 def test_settling_a_sandbox_that_the_last_look_did_not_see_settles_nothing(settings, later):
     known = made(settings, 1, *NAMES)
     written(known, 100)
     later.settle(known.container_id)
-    assert ids(later.look()) == {"report": [1]}
+    assert ids(later.look()) == RUNNING
 
 
 def test_an_undo_that_stands_still_goes_on(settings, later):
@@ -370,7 +381,7 @@ def test_what_cannot_be_read_or_has_ended_holds_up_no_other(settings, later):
     made(settings, 2).remove()
     written(made(settings, 3, *NAMES), 100)
     (settings.sandboxes_dir / "sb-0000000000000004").mkdir()
-    assert ids(later.look()) == {"report": [3]}
+    assert ids(later.look()) == {"report": [3], "watch": [3]}
 
 
 @pytest.mark.parametrize(
@@ -399,9 +410,65 @@ def test_one_that_somebody_works_on_is_not_set_aside_at_the_start(settings, monk
 
 
 def test_a_wait_that_was_handed_over_stays_due(settings, later):
-    """The prober tells by a message, which may be lost: whoever asks again costs it nothing."""
+    """The keeper tells by a message, which may be lost: whoever asks again costs it nothing."""
     known = made(settings, 1, *NAMES[:4], begun="ready")
     written(known, 100)
     assert ids(later.look()) == {"wait": [1]}
     later.settle(known.container_id)  # its report has arrived
     assert ids(later.look()) == {"wait": [1]}
+
+
+def test_an_end_that_no_event_told_is_found(settings, later):
+    """The message was lost: the exit file is still there."""
+    known = made(settings, 1, *NAMES)
+    written(known, 100)
+    assert ids(later.look()) == RUNNING
+    later.settle(known.container_id)
+    (settings.exit_dir / known.container_id).write_text("7")
+    assert ids(later.look()) == {"ended": [1]}
+    assert ids(later.look()) == {"ended": [1]}  # until somebody notes it
+
+
+def test_a_sandbox_that_was_killed_with_its_conmon_is_found(settings, later, monkeypatch):
+    """Nobody writes an exit code for it."""
+    known = made(settings, 1, *NAMES)
+    written(known, 100)
+    monkeypatch.setattr(reconcile, "all_sandbox_processes", lambda root: [])
+    assert ids(later.look()) == {**RUNNING, "ended": [1]}
+
+
+@pytest.mark.parametrize("wish", ["wanted", "restart_at"])
+def test_one_whose_end_is_noted_is_not_found_again(settings, later, monkeypatch, wish):
+    known = made(settings, 1, *NAMES)
+    known.set_facts(**{wish: journals.now()})
+    written(known, 5)
+    monkeypatch.setattr(reconcile, "all_sandbox_processes", lambda root: [])
+    (settings.exit_dir / known.container_id).write_text("7")
+    assert "ended" not in ids(later.look())
+
+
+def test_a_start_that_is_overdue_is_asked_for_again(settings, later):
+    """The keeper's message was lost."""
+    known = made(settings, 1, *NAMES)
+    known.set_facts(restart_at="2020-01-01T00:00:00.000Z")
+    written(known, 5)
+    assert ids(later.look()) == {"report": [1], "restart": [1]}
+    later.settle(known.container_id)
+    assert ids(later.look()) == {"report": [1], "restart": [1]}
+
+
+def test_a_start_to_come_is_left_to_the_keeper(settings, later):
+    known = made(settings, 1, *NAMES)
+    known.set_facts(restart_at="2999-01-01T00:00:00.000Z")
+    written(known, 5)
+    assert ids(later.look()) == {"report": [1], "watch": [1]}
+    assert ids(reconcile.at_start(settings)) == {"report": [1], "watch": [1]}
+
+
+def test_a_worker_that_dies_between_two_runs_costs_no_attempt_too_many(settings):
+    """A restart is an attempt as well: only those that were lost count."""
+    known = made(settings, 1, *NAMES)
+    known.set_facts(restarts=20)
+    known.new_attempt(21)
+    assert ids(reconcile.at_start(settings)) == {"relaunch": [1]}
+    assert again(known).attempt == 22

@@ -1,0 +1,183 @@
+"""How a sandbox ends: by itself, asked to, at its time; and whether it is started anew.
+
+A wish to stop is a fact in the journal (`stop`: since when, how long the grace, why), so that whoever
+keeps the sandboxes of this host next goes on with it. `worker.keeper` has the clock.
+"""
+
+import logging
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from worker import conmon, procs
+from worker.errors import RunscError
+from worker.journal import Journal, now
+from worker.launch import want_end
+from worker.settings import Settings
+from worker.stages import Host
+
+log = logging.getLogger("sandbatch")
+
+FIRST_BACKOFF_S, LAST_BACKOFF_S = 1.0, 60.0
+LONG_RUN_S = 60.0  # who ran so long begins with the shortest backoff again
+KILLED_S = 5.0  # a killed sandbox and its conmon are gone within this time
+
+
+@dataclass(frozen=True)
+class Due:
+    """What the clock has for a sandbox: `act` is "term", "kill", "restart", "ttl" or "deadline"."""
+
+    at_s: float  # since the epoch
+    act: str
+
+
+def next_due(known: Journal, *, was_asked: bool) -> Due | None:
+    """What is to be done with a sandbox next, and when; None if its end is under way, or nothing is.
+
+    `was_asked`: this process has sent it TERM. One that the process before may have sent goes again.
+    """
+    if known.is_unwinding or known.final:
+        return None
+    if known.facts.get("restart_at"):
+        return Due(_epoch(known.facts["restart_at"]), "restart")
+    stop = known.facts.get("stop")
+    if stop and known.is_up:
+        since_s = _epoch(stop["at"])
+        return Due(since_s + stop["grace_s"], "kill") if was_asked else Due(since_s, "term")
+    times = []
+    if known.spec.ttl_s is not None and known.facts.get("running_at") and known.is_up:
+        times.append(Due(_epoch(known.facts["running_at"]) + known.spec.ttl_s, "ttl"))
+    if known.spec.deadline_at is not None and not stop:
+        times.append(Due(_epoch(known.spec.deadline_at), "deadline"))
+    return min(times, key=lambda due: due.at_s, default=None)
+
+
+def ask_to_stop(known: Journal, reason: str, grace_s: float) -> bool:
+    """Note the wish to stop a sandbox that is up; a wish that is there already is not made later.
+
+    Returns:
+        False if nothing was noted: the one that is there ends it sooner.
+    """
+    stop = known.facts.get("stop")
+    if stop and _epoch(stop["at"]) + stop["grace_s"] <= time.time() + grace_s:
+        return False
+    wish = {"at": now(), "grace_s": grace_s, "reason": stop["reason"] if stop else reason}
+    known.set_facts(stop=wish)
+    return True
+
+
+def end_unstarted(known: Journal, reason: str) -> None:
+    """Turn a sandbox that runs no program, a launch or one between two runs, towards its end."""
+    if reason == "deadline":
+        want_end(known, "failed", _deadline_error(known, known.begun[-1] if known.begun else "place"))
+    else:
+        want_end(known, "exited" if known.facts.get("running_at") else "cancelled")
+    known.set_facts(reason=reason)
+
+
+def send_term(host: Host, container_id: str) -> None:
+    """Ask the program to end."""
+    try:
+        host.runsc.kill(container_id, "TERM")
+    except RunscError as error:  # it has just ended; if not, KILL follows
+        log.info("TERM to %s: %s", container_id, error)
+
+
+def send_kill(host: Host, container_id: str) -> bool:
+    """End the sandbox, whatever it does; conmon then writes its exit code. False if it still lives."""
+    found = [one for one in procs.processes_of(host.runsc.root, container_id) if one.role == "sandbox"]
+    left = procs.end(found, KILLED_S)
+    return not left
+
+
+def note_end(settings: Settings, known: Journal, *, is_alive: bool) -> bool:
+    """Note that a sandbox's program has ended, and decide what follows: `wanted`, or `restart_at`.
+
+    `is_alive`: its processes are there; what matters is conmon's exit file, if there is one.
+
+    Returns:
+        False if it has not ended, or its end is known.
+    """
+    code = conmon.exit_code(settings.exit_dir, known.container_id)
+    if not known.is_up or (code is None and is_alive):
+        return False
+    facts: dict[str, Any] = {"ended_at": _ended_at(settings, known), "exit_code": code}
+    if code is not None and not known.is_done("ready") and known.spec.ready == "none":
+        # It was faster than the report that it runs.
+        known.mark_done("ready", {"probe": "no probe asked for"})
+    if known.is_done("ready"):  # noted a moment late, it may seem to have begun after its end
+        facts["running_at"] = min(known.facts.get("running_at", facts["ended_at"]), facts["ended_at"])
+    stop = known.facts.get("stop")
+    if stop is not None:
+        facts["reason"] = stop["reason"]
+    if stop is None and code != 0 and _may_restart(known):
+        facts |= _restart(known)
+    else:
+        facts |= _final(known, code, stop["reason"] if stop else "")
+    if "ready" in known.begun and not known.is_done("ready"):
+        known.mark_failed("ready", _unready(code))
+    known.set_facts(**facts)
+    return True
+
+
+def _final(known: Journal, code: int | None, reason: str) -> dict[str, Any]:
+    if reason == "deadline":
+        return {"wanted": "failed", "error": _deadline_error(known, "container")}
+    if reason:
+        return {"wanted": "exited"}
+    reason = "lost" if code is None else "exit"
+    if not known.is_done("ready"):
+        error = {"stage": "ready", "message": _unready(code)}
+    elif code is None:
+        error = _error("the sandbox was killed from outside")
+    else:
+        return {"wanted": "exited", "reason": reason}
+    return {"wanted": "failed", "error": error, "reason": reason}
+
+
+def _unready(code: int | None) -> str:
+    how = "was killed from outside" if code is None else f"ended with exit code {code}"
+    return f"it {how} before it was ready"
+
+
+def _error(message: str) -> dict[str, str]:
+    return {"stage": "container", "message": message}
+
+
+def _deadline_error(known: Journal, stage: str) -> dict[str, str]:
+    return {"stage": stage, "message": f"its deadline, {known.spec.deadline_at}, has passed"}
+
+
+def _may_restart(known: Journal) -> bool:
+    most = known.spec.max_restarts
+    return most is None or known.facts.get("restarts", 0) < most
+
+
+def _restart(known: Journal) -> dict[str, Any]:
+    restarts = known.facts.get("restarts", 0)
+    begun = [run.started_at for run in known.runs if run.name == "container" and run.verb == "do"][-1]
+    quick = known.facts.get("quick_ends", 0) if time.time() - _epoch(begun) < LONG_RUN_S else 0
+    pause_s = min(FIRST_BACKOFF_S * 2 ** min(quick, 16), LAST_BACKOFF_S)
+    return {
+        "restarts": restarts + 1,
+        "quick_ends": quick + 1,
+        "restart_at": _stamp(time.time() + pause_s),
+    }
+
+
+def _ended_at(settings: Settings, known: Journal) -> str:
+    """When conmon wrote the exit code; now, where it did not."""
+    try:
+        return _stamp((settings.exit_dir / known.container_id).stat().st_mtime)
+    except FileNotFoundError:
+        return now()
+
+
+def _stamp(seconds: float) -> str:
+    text = datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
+    return text.replace("+00:00", "Z")
+
+
+def _epoch(text: str) -> float:
+    return datetime.fromisoformat(text).timestamp()
