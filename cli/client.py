@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,13 @@ from tasks.app import make_app
 from tasks.connection import check, connect
 from tasks.record import Record
 from tasks.state import TERMINAL, State
+from worker.bundle import own_mounts
 from worker.cni_config import find_network
-from worker.errors import BadInput, BadNetwork
+from worker.errors import BadInput, BadNetwork, HostNotReady
 from worker.journal import boot_id
-from worker.rootfs import resolve_rootfs
+from worker.mounts import lay_out
+from worker.overlay import check_overlay
+from worker.runsc import Runsc
 from worker.settings import Settings
 from worker.spec import Spec
 
@@ -111,7 +115,10 @@ class Client:
         """By this machine's own files: they are newer than what its worker said of them."""
         if not any(spec.network in facts["networks"] for facts in hosts):
             find_network(spec.network, (self.settings.own_cni_conf_dir, self.settings.cni_conf_dir))
-        resolve_rootfs(spec.rootfs, self.settings)
+        with suppress(PermissionError):  # of this user; the host's worker is root and looks again
+            lay_out(spec, own_mounts(spec, self.settings), self.settings)
+        with suppress(HostNotReady):  # which sandbatch hosts says better
+            check_overlay(spec, Runsc.from_settings(self.settings, hides_sysctl=False))
 
     def next_change(self, mark: str) -> str:
         """Wait until something changes after `mark` of the stream; the new mark."""
@@ -159,6 +166,11 @@ def _check_there(spec: Spec, hosts: list[dict[str, Any]]) -> None:
         if not any(Path(spec.rootfs).is_relative_to(folder) for folder in allowed):
             todo = f"allowed: {', '.join(allowed) or 'none'}"
             raise BadInput(f"--rootfs {spec.rootfs}", "lies in no folder that a host allows", todo)
+    allowed = sorted({folder for facts in hosts for folder in facts.get("mount_allow", ())})
+    for source in (mount.source for mount in spec.mounts if mount.source is not None):
+        if not any(Path(source).is_relative_to(folder) for folder in allowed):
+            todo = f"allowed: {', '.join(allowed) or 'none'}"
+            raise BadInput(f"bind {source}", "lies in no folder that a host allows", todo)
 
 
 def has_reached(state: str, goal: str) -> bool:

@@ -22,7 +22,7 @@ from tasks.connection import connect
 from tasks.gate import Gate
 from tasks.host_step import HostStep, host_owner
 from tasks.record import Record
-from worker import faults, gc, reconcile
+from worker import faults, gc, reconcile, stages
 from worker.errors import HostNotReady
 from worker.locks import lock_within
 from worker.rootfs import host_rootfs
@@ -81,6 +81,7 @@ def run_worker(*, log_level: str = "INFO") -> None:
     warnings.filterwarnings("ignore", category=SecurityWarning)
     workflow.this_host()  # the probe runs here once, not in each child
     host_rootfs(current)  # and so does the look at the host's /etc
+    stages.prune_rootfs(current)
     workflow.app.worker_main(
         [
             "worker",

@@ -155,6 +155,7 @@ def host_facts(current: Settings) -> dict[str, Any]:
         "networks": sorted(networks),
         "broken_networks": [str(error) for error in broken],
         "rootfs_allow": [str(path) for path in current.rootfs_allow],
+        "mount_allow": [str(path) for path in current.mount_allow],
         "kernel": platform.release(),
         "not_ready": no_room(current),
         "boot_id": boot_id(),  # so that a client knows whether a host is its own machine

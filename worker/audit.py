@@ -15,6 +15,7 @@ from worker import cni_cache, journal, logs, netns, process, procs
 from worker.cni_config import Network, list_networks, network_from_bytes
 from worker.errors import BadNetwork, SandbatchError
 from worker.journal import Journal
+from worker.overlay import FOLDER
 from worker.settings import Settings
 from worker.spec import CONTAINER_ID
 from worker.stages import IF_NAME
@@ -297,6 +298,8 @@ def _files(look: _Look, done: dict[str, Journal]) -> None:
     look.compare(
         "bundle", "bundle", {one: owner for one, owner in configs.items() if Path(one).exists()}, configs
     )
+    folders = {str(folder): folder.parts[-3] for folder in settings.sandboxes_dir.glob(f"*/bundle/{FOLDER}")}
+    look.compare("overlay", "bundle", folders)
     for kind, place in (("runsc state", settings.runsc_root), ("exit file", settings.exit_dir)):
         found = {}
         for name in os.listdir(place) if place.is_dir() else []:

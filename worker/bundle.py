@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from worker.errors import SandbatchError
-from worker.rootfs import DEFAULT_PATH, check_cwd, host_mounts, host_path, resolve_rootfs
+from worker.errors import BadInput, SandbatchError
+from worker.mounts import lay_out
+from worker.rootfs import DEFAULT_PATH, host_mounts, host_path, resolve_rootfs
 from worker.settings import Settings
 from worker.spec import Spec
 
@@ -19,7 +20,7 @@ CAPABILITIES = (
     *("CAP_NET_BIND_SERVICE", "CAP_SETGID", "CAP_SETUID"),
 )
 # None of these needs a folder in the rootfs: gVisor makes the mount points in its own memory. A bind
-# does need one: runsc makes it in the rootfs, on the host (measured), so only `host` has binds.
+# does need one: see worker.mounts.
 MOUNTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("/proc", "proc", ()),
     ("/dev", "tmpfs", ("nosuid", "mode=755")),
@@ -31,22 +32,26 @@ MOUNTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 )
 
 
-def make_config(spec: Spec, container_id: str, netns_path: Path, settings: Settings) -> dict[str, Any]:
-    """The config.json of a sandbox. Looks at the rootfs, writes nothing but a missing `host` rootfs.
+def make_config(
+    spec: Spec, container_id: str, netns_path: Path, settings: Settings, *, build: bool = True
+) -> dict[str, Any]:
+    """The config.json of a sandbox. Writes nothing but a missing `host` rootfs, and that only if `build`.
 
     Raises:
-        BadInput: The rootfs is not there or not allowed, or it lacks the working directory.
+        BadInput: The rootfs or a mount is not there or not allowed, or the working directory is not there.
     """
     is_host = spec.rootfs == "host"
-    rootfs = resolve_rootfs(spec.rootfs, settings)
-    mounts = [*_own_mounts(), *(host_mounts(settings) if is_host else ())]
-    check_cwd(rootfs, spec.cwd, mounts)
+    try:
+        layout = lay_out(spec, own_mounts(spec, settings), settings)
+    except PermissionError as error:
+        raise BadInput(f"bind {error.filename}", "this user may not look at it", "run as root") from None
+    rootfs = resolve_rootfs(spec.rootfs, settings, layout.points, build=build)
     path = host_path(settings) if is_host else DEFAULT_PATH
     env = {"PATH": path, "HOME": "/root" if is_host else "/", "HOSTNAME": container_id, **spec.env}
     return {
         "ociVersion": OCI_VERSION,
         "hostname": container_id,
-        "root": {"path": str(rootfs), "readonly": True},
+        "root": {"path": str(rootfs), "readonly": spec.writable == "no"},
         "process": {
             "terminal": False,
             "user": {"uid": 0, "gid": 0},
@@ -57,7 +62,7 @@ def make_config(spec: Spec, container_id: str, netns_path: Path, settings: Setti
             "capabilities": {kind: list(CAPABILITIES) for kind in ("bounding", "effective", "permitted")},
             "rlimits": [{"type": "RLIMIT_NOFILE", "soft": NOFILE, "hard": NOFILE}],
         },
-        "mounts": mounts,
+        "mounts": layout.mounts,
         "linux": {
             "namespaces": [
                 *({"type": kind} for kind in ("pid", "ipc", "uts", "mount")),
@@ -67,11 +72,13 @@ def make_config(spec: Spec, container_id: str, netns_path: Path, settings: Setti
     }
 
 
-def _own_mounts() -> list[dict[str, Any]]:
-    return [
+def own_mounts(spec: Spec, settings: Settings) -> list[dict[str, Any]]:
+    """What every sandbox has mounted, where its spec has nothing else there."""
+    own = [
         {"destination": path, "type": kind, "source": kind, "options": list(options)}
         for path, kind, options in MOUNTS
     ]
+    return [*own, *(host_mounts(settings) if spec.rootfs == "host" else ())]
 
 
 def write_bundle(bundle_dir: Path, config: dict[str, Any]) -> None:

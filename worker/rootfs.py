@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -20,7 +20,10 @@ from uuid import uuid4
 
 from worker.errors import BadInput, SandbatchError
 from worker.settings import Settings
+from worker.tree import Tree
 
+NO_POINTS: Mapping[str, str] = {}
+CROWD = 32  # generations; each set of mount points of users' binds has one, of about a megabyte
 FORMAT = 1  # part of the hash: a change of what is generated makes a new generation
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 PROGRAM_DIRS = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")  # symlinks into /usr, or folders
@@ -42,14 +45,16 @@ ETC_DIRS = ("ld.so.conf.d", "ssl/certs", "alternatives")
 PRIVATE = b"PRIVATE KEY"
 
 
-def resolve_rootfs(spec_rootfs: str, settings: Settings) -> Path:
-    """The folder of `host` or DIR; `host` is generated where it is missing.
+def resolve_rootfs(
+    spec_rootfs: str, settings: Settings, points: Mapping[str, str] = NO_POINTS, *, build: bool = True
+) -> Path:
+    """The folder of `host` or DIR; `host` is generated where it is missing, if `build`.
 
     Raises:
         BadInput: DIR is no folder, or not below one that the settings allow (symlinks followed).
     """
     if spec_rootfs == "host":
-        return host_rootfs(settings)
+        return host_rootfs(settings, points, build=build)
     try:
         found = Path(spec_rootfs).resolve(strict=True)
     except (OSError, RuntimeError):
@@ -67,15 +72,36 @@ def resolve_rootfs(spec_rootfs: str, settings: Settings) -> Path:
     return found
 
 
-def host_rootfs(settings: Settings) -> Path:
-    """The generated root of the host's present state; made where it is not there yet."""
-    plan = _plan()
+def host_rootfs(settings: Settings, points: Mapping[str, str] = NO_POINTS, *, build: bool = True) -> Path:
+    """The generated root of the host's present state; made where it is not there yet, if `build`.
+
+    Args:
+        points: Mount points that it has besides: path without its first slash -> "dir" or "file".
+            Each set of them makes a generation of its own: the folder is shared, nobody adds to it later.
+    """
+    plan = _plan(points)
     found = _generation(settings, plan)
-    if not found.is_dir():
-        with _builders_lock(settings):
-            if not found.is_dir():  # another builder may have been faster
+    if build:
+        with _builders_lock(settings):  # also where it is there: `prune_host_rootfs` may be at work
+            if not found.is_dir():
                 _build(plan, found)
     return found
+
+
+def host_tree() -> Tree:
+    """What lies in the generated root, mount points of binds included, whether it is made yet or not."""
+    return _tree_of(_fingerprint())
+
+
+@lru_cache(maxsize=1)
+def _tree_of(fingerprint: tuple[object, ...]) -> Tree:
+    plan = _plan_of(fingerprint)
+    found = dict.fromkeys((*EMPTY_DIRS, *(bind.lstrip("/") for bind in plan["binds"])), "dir")
+    found |= dict.fromkeys((*plan["generated"], *plan["copies"]), "file")
+    found |= {name: f"-> {target}" for name, target in plan["links"].items()}
+    for name in tuple(found):
+        found |= {str(parent): "dir" for parent in PurePosixPath(name).parents if str(parent) not in found}
+    return Tree(planned=found)
 
 
 def host_mounts(settings: Settings) -> list[dict[str, Any]]:
@@ -92,24 +118,32 @@ def host_path(settings: Settings) -> str:
     return f"{DEFAULT_PATH}:{prefix}/bin" if prefix else DEFAULT_PATH
 
 
-def prune_host_rootfs(settings: Settings, in_use: set[Path]) -> list[Path]:
-    """Remove old generations and what killed builders left; those in use and today's stay."""
-    keep = {*in_use, _generation(settings, _plan())}
+def prune_host_rootfs(settings: Settings, in_use: Callable[[], set[Path]]) -> list[Path]:
+    """Remove old generations and what killed builders left; those in use and today's stay.
+
+    Safe beside launches: `in_use` is asked under the builders' lock, and a launch journals which
+    generation it will use before it takes that lock to see whether it is there.
+    """
     with _builders_lock(settings):
-        gone = [path for path in _rootfs_dir(settings).iterdir() if path.is_dir() and path not in keep]
+        keep = {*in_use(), _generation(settings, _plan(NO_POINTS))}
+        gone = [path for path in generations(settings) if path not in keep]
         for path in gone:
             shutil.rmtree(path)
     return gone
 
 
-def check_cwd(rootfs: Path, cwd: str, mounts: list[dict[str, Any]]) -> None:
+def is_crowded(settings: Settings) -> bool:
+    """There are so many generations that it is time to look which are still used."""
+    return len(generations(settings)) > CROWD
+
+
+def check_cwd(tree: Tree, cwd: str) -> None:
     """Refuse a working directory that the rootfs lacks: runsc would make it there, on the host.
 
     Raises:
         BadInput: There is no such folder.
     """
-    binds = {str(m["destination"]): Path(str(m["source"])) for m in mounts if m["type"] == "bind"}
-    if not _host_side(rootfs, cwd, binds).is_dir():
+    if tree.follow(cwd) != "dir":
         raise BadInput(f"cwd {cwd}", "there is no such folder in the rootfs", "name one that it has")
 
 
@@ -137,9 +171,9 @@ def _is_real_dir(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
 
 
-def _plan() -> dict[str, Any]:
+def _plan(points: Mapping[str, str]) -> dict[str, Any]:
     """All that the generated folder is made of; two equal plans make equal folders."""
-    return _plan_of(_fingerprint())
+    return {**_plan_of(_fingerprint()), **({"points": dict(points)} if points else {})}
 
 
 def _fingerprint() -> tuple[object, ...]:
@@ -187,6 +221,12 @@ def _generation(settings: Settings, plan: dict[str, Any]) -> Path:
     return _rootfs_dir(settings) / f"host-{digest[:16]}"
 
 
+def generations(settings: Settings) -> list[Path]:
+    """Whole ones, and what killed builders left."""
+    folder = _rootfs_dir(settings)
+    return [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+
+
 def _rootfs_dir(settings: Settings) -> Path:
     return settings.state_dir / "rootfs"
 
@@ -213,6 +253,11 @@ def _build(plan: dict[str, Any], found: Path) -> None:
             content = Path("/", name).read_bytes()
             if PRIVATE not in content:  # somebody's key among the certificates
                 _write(building / name, content)
+        for name, kind in plan.get("points", {}).items():
+            if kind == "file":
+                _write(building / name, b"")
+            else:
+                (building / name).mkdir(mode=0o755, parents=True, exist_ok=True)
         for name, target in plan["links"].items():
             (building / name).parent.mkdir(mode=0o755, parents=True, exist_ok=True)
             (building / name).symlink_to(target)
@@ -242,32 +287,3 @@ def _flush(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def _host_side(rootfs: Path, path: str, binds: dict[str, Path]) -> Path:
-    """Where `path` of the sandbox lies on the host; symlinks are followed inside the sandbox's root."""
-    left, inside, links = list(PurePosixPath(path).parts[1:]), PurePosixPath("/"), 0
-    while left:
-        part = left.pop(0)
-        if part == "..":
-            inside = inside.parent
-            continue
-        here = _mapped(rootfs, inside / part, binds)
-        if not here.is_symlink():
-            inside /= part
-            continue
-        links += 1
-        if links > 40:  # as the kernel: too many levels
-            return here
-        target = PurePosixPath(os.readlink(here))
-        if target.is_absolute():
-            inside = PurePosixPath("/")
-        left = [part for part in target.parts if part != "/"] + left
-    return _mapped(rootfs, inside, binds)
-
-
-def _mapped(rootfs: Path, inside: PurePosixPath, binds: dict[str, Path]) -> Path:
-    for bind in sorted(binds, key=len, reverse=True):
-        if inside.is_relative_to(bind):
-            return binds[bind] / inside.relative_to(bind)
-    return rootfs / inside.relative_to("/")

@@ -34,6 +34,7 @@ class Runsc:
     timeout_s: float
     hides_sysctl: bool
     run_dir: Path
+    overlay: str = "none"  # of one sandbox: worker.overlay
 
     @classmethod
     def from_settings(cls, settings: Settings, hides_sysctl: bool) -> "Runsc":
@@ -67,8 +68,13 @@ class Runsc:
             "--log-format=json",
             "--systemd-cgroup=false",
             "--ignore-cgroups",  # no limits yet, so no cgroup either: nothing to leave behind
-            "--overlay2=none",  # the default keeps a filestore inside the rootfs, which is shared
+            f"--overlay2={self.overlay}",  # the default keeps a filestore inside the rootfs, which is shared
         ]
+
+    @property
+    def limits_overlay(self) -> bool:
+        """It can hold a writable root to a size; runscs before 2025 cannot."""
+        return "[,size=" in _flags(self.binary, self.binary.stat().st_mtime_ns)
 
     def create_args(self, netns_path: Path) -> list[str]:
         """Flags for `create`: the newest runsc would leave a mount of an empty netns in its root."""

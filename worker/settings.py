@@ -51,6 +51,9 @@ class Settings(BaseSettings):
     runsc_timeout_s: float = Field(30.0, gt=0, description="longest run of one runsc verb")
     rootfs_allow: tuple[Path, ...] = ()
     mount_allow: tuple[Path, ...] = ()
+    writable_disk_bytes: int = Field(
+        2**30, ge=2**20, description="most that a writable root takes of the disk, if its spec names no size"
+    )
     faults: str = Field("", description="fault points of a test (worker.faults)")
     allow_faults: bool = False
     stall_s: float = Field(

@@ -19,6 +19,7 @@ EGRESS = re.compile(
     r"(?::(?P<first>\d{1,5})(?:-(?P<last>\d{1,5}))?)?(?:/(?P<protocol>tcp|udp))?$"
 )
 MOST_NETWORKS = 8
+KERNELS_OWN = ("proc", "sys", "dev")  # gVisor's own there; a mount over them would break the sandbox
 
 IpNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -36,6 +37,20 @@ def clean_path(value: str) -> str:
     if not value.startswith("/") or ".." in PurePosixPath(value).parts:
         raise ValueError("an absolute path without '..' is needed")
     return text(value)
+
+
+def plain_path(value: str) -> str:
+    """An absolute path without `.`, `..`, doubled and closing slashes."""
+    return "/" + "/".join(PurePosixPath(clean_path(value)).parts[1:])
+
+
+def _mount_target(value: str) -> str:
+    path = PurePosixPath(plain_path(value))
+    if path == PurePosixPath("/"):
+        raise ValueError("nothing can be mounted over /")
+    if path.parts[1] in KERNELS_OWN and str(path) != "/dev/shm":  # noqa: S108 - the sandbox's own
+        raise ValueError("nothing can be mounted on /proc, /sys or /dev, except on /dev/shm")
+    return str(path)
 
 
 def network_name(value: str) -> str:
@@ -126,8 +141,8 @@ class Mount(Part):
     """A read-only bind of a host folder or file, or a tmpfs of its own."""
 
     type: Literal["bind", "tmpfs"]
-    target: Annotated[str, AfterValidator(clean_path)]
-    source: Annotated[str, AfterValidator(clean_path)] | None = None
+    target: Annotated[str, AfterValidator(_mount_target)]
+    source: Annotated[str, AfterValidator(plain_path)] | None = None
     size_bytes: int | None = Field(default=None, ge=4096)
 
     @model_validator(mode="after")
@@ -136,8 +151,8 @@ class Mount(Part):
             raise ValueError("a bind needs a source, a tmpfs has none")
         if self.type == "bind" and self.size_bytes is not None:
             raise ValueError("a bind has no size")
-        if PurePosixPath(self.target) == PurePosixPath("/"):
-            raise ValueError("nothing can be mounted over /")
+        if self.type == "bind" and self.target == "/dev/shm":  # noqa: S108 - the sandbox's own
+            raise ValueError("nothing can be bound on /proc, /sys or /dev")
         return self
 
 

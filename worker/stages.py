@@ -6,7 +6,7 @@ An undo is safe to repeat and safe after a half-done `do`; `worker.launch` runs 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from worker import bundle as oci
 from worker import conmon, netns
 from worker.cni import Attachment, CniRuntime, result_ips
 from worker.cni_config import Network, find_network, network_from_bytes
-from worker.journal import Journal
-from worker.rootfs import resolve_rootfs
+from worker.journal import Journal, read_all
+from worker.overlay import check_overlay, make_overlay_folder, overlay_flag
+from worker.rootfs import generations, is_crowded, prune_host_rootfs
 from worker.runsc import Runsc
 from worker.settings import Settings
 from worker.spec import Spec
@@ -65,12 +66,38 @@ def detach(host: Host, journal: Journal) -> None:
         host.cni.cni_del(_chosen_network(journal, config), _attachment(journal))
 
 
+def plan_bundle(host: Host, journal: Journal) -> dict[str, Any]:
+    """Which rootfs it will have: nobody may prune that from now on."""
+    check_overlay(journal.spec, host.runsc)
+    return {"rootfs": _config(host, journal, build=False)["root"]["path"]}
+
+
 def make_bundle(host: Host, journal: Journal) -> dict[str, Any]:
-    config = oci.make_config(
-        journal.spec, journal.container_id, netns.netns_path(journal.container_id), host.settings
-    )
+    """config.json; its rootfs, where that is not made yet; the folder of a writable root on disk."""
+    config = _config(host, journal, build=True)
     oci.write_bundle(journal.bundle, config)
-    return {"rootfs": str(resolve_rootfs(journal.spec.rootfs, host.settings))}
+    make_overlay_folder(journal.spec, journal.bundle, host.settings)
+    if is_crowded(host.settings):
+        prune_rootfs(host.settings)
+    return {"rootfs": config["root"]["path"]}
+
+
+def prune_rootfs(settings: Settings) -> list[Path]:
+    """Remove the generated roots that no journal has. Safe beside launches."""
+
+    def in_use() -> set[Path]:
+        journals, errors = read_all(settings.sandboxes_dir)
+        if errors:  # of what they hold nothing is known
+            return set(generations(settings))
+        known = [one for known in journals for one in (known.intents, known.data) if "bundle" in known.begun]
+        return {Path(one["bundle"]["rootfs"]) for one in known if "rootfs" in one.get("bundle", {})}
+
+    return prune_host_rootfs(settings, in_use)
+
+
+def _config(host: Host, journal: Journal, *, build: bool) -> dict[str, Any]:
+    path = netns.netns_path(journal.container_id)
+    return oci.make_config(journal.spec, journal.container_id, path, host.settings, build=build)
 
 
 def remove_bundle(host: Host, journal: Journal) -> None:
@@ -80,8 +107,9 @@ def remove_bundle(host: Host, journal: Journal) -> None:
 def start_container(host: Host, journal: Journal) -> dict[str, Any]:
     """conmon with `runsc create`, then `runsc start`."""
     container_id, path = journal.container_id, netns.netns_path(journal.container_id)
-    conmon.create(host.runsc, host.settings, container_id, journal.bundle, journal.log_path, path)
-    host.runsc.start(container_id, path)
+    runsc = replace(host.runsc, overlay=overlay_flag(journal.spec, journal.bundle, host.settings))
+    conmon.create(runsc, host.settings, container_id, journal.bundle, journal.log_path, path)
+    runsc.start(container_id, path)
     return {}
 
 
@@ -125,7 +153,7 @@ class Stage:
 STAGES = (
     Stage("netns", do=create_netns, undo=delete_netns),
     Stage("network", do=attach, undo=detach, intend=choose_network),
-    Stage("bundle", do=make_bundle, undo=remove_bundle),
+    Stage("bundle", do=make_bundle, undo=remove_bundle, intend=plan_bundle),
     Stage("container", do=start_container, undo=end_container),
     Stage("ready", do=confirm_ready, undo=nothing),
 )

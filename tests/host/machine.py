@@ -77,3 +77,14 @@ def _lines(*argv: str) -> list[str]:
 
 def _output(*argv: str) -> str:
     return subprocess.run(argv, check=True, capture_output=True, text=True).stdout
+
+
+def copy_program(name: str, root: Path) -> None:
+    """A root with one program and its libraries, and nothing else."""
+    program = subprocess.run(["which", name], check=True, capture_output=True, text=True).stdout.strip()
+    lines = subprocess.run(["ldd", program], check=True, capture_output=True, text=True).stdout.split()
+    for path in (program, *(word for word in lines if word.startswith("/"))):
+        target = root / ("bin/" + name if path == program else path.lstrip("/"))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(Path(path).read_bytes())
+        target.chmod(0o755)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.host.machine import copy_program
 from worker import bundle, conmon, procs, rootfs
 from worker.errors import ProcessTimeout, RunscError
 from worker.probe_runsc import probe
@@ -216,7 +217,7 @@ def test_a_users_rootfs_without_mount_points_works_and_is_not_written_to(make_sa
     """gVisor makes /proc, /dev, /tmp … in its own memory; only binds and cwd would be made on the host."""
     sandbox = make_sandbox()
     root = sandbox.settings.rootfs_allow[0] / sandbox.container_id
-    _copy_program("sh", root)
+    copy_program("sh", root)
     before = sorted(root.rglob("*"))
     sandbox.run(
         "/bin/sh", "-c", "echo x >/tmp/x && echo </proc/self/stat >/dev/null && echo fine", rootfs=str(root)
@@ -407,17 +408,6 @@ def _probe_processes(settings: Settings) -> list[procs.Proc]:
 def _kill_role(sandbox: Sandbox, role: str) -> None:
     found = procs.processes_of(sandbox.runsc.root, sandbox.container_id)
     procs.end([proc for proc in found if proc.role == role], timeout_s=5)
-
-
-def _copy_program(name: str, root: Path) -> None:
-    """A root with one program and its libraries, and nothing else."""
-    program = subprocess.run(["which", name], check=True, capture_output=True, text=True).stdout.strip()
-    lines = subprocess.run(["ldd", program], check=True, capture_output=True, text=True).stdout.split()
-    for path in (program, *(word for word in lines if word.startswith("/"))):
-        target = root / ("bin/" + name if path == program else path.lstrip("/"))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(Path(path).read_bytes())
-        target.chmod(0o755)
 
 
 def test_a_log_is_bounded_and_keeps_the_newest(make_sandbox):

@@ -10,6 +10,7 @@ import pytest
 from worker import rootfs
 from worker.errors import BadInput
 from worker.settings import Settings
+from worker.tree import Tree
 
 
 @pytest.fixture
@@ -90,7 +91,7 @@ def test_prune_keeps_todays_and_used_generations(settings, elsewhere):
     (folder / ".building-left").mkdir()  # of a killed builder
     sys.base_prefix = "/nowhere/else"
     today = rootfs.host_rootfs(settings)
-    gone = rootfs.prune_host_rootfs(settings, {used})
+    gone = rootfs.prune_host_rootfs(settings, lambda: {used})
     assert {path.name for path in gone} == {"host-0000000000000000", ".building-left"}
     assert {path for path in folder.iterdir() if path.is_dir()} == {used, today}
 
@@ -127,9 +128,9 @@ def test_symlinks_of_a_rootfs_are_followed_inside_it(tmp_path):
     """An absolute link in somebody's rootfs means a folder of that rootfs, never of the host."""
     (tmp_path / "work").symlink_to("/etc/ssl")
     with pytest.raises(BadInput, match="cwd"):
-        rootfs.check_cwd(tmp_path, "/work", [])
+        rootfs.check_cwd(Tree(folder=tmp_path), "/work")
     (tmp_path / "etc/ssl").mkdir(parents=True)
-    rootfs.check_cwd(tmp_path, "/work", [])
+    rootfs.check_cwd(Tree(folder=tmp_path), "/work")
     (tmp_path / "loop").symlink_to("/loop")
     with pytest.raises(BadInput, match="cwd"):
-        rootfs.check_cwd(tmp_path, "/loop", [])
+        rootfs.check_cwd(Tree(folder=tmp_path), "/loop")

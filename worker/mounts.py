@@ -1,0 +1,156 @@
+"""What a sandbox has mounted: read-only binds of allowed host folders, and tmpfs.
+
+runsc makes a bind's missing mount point in the root file system, on the host, where all sandboxes
+would share it (measured with the 2024 and 2026 ones). So every mount point must be there before:
+in the generated root by a generation that has it, in a folder of the user's by the user.
+"""
+
+import os
+import shlex
+import stat
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from worker.errors import BadInput
+from worker.rootfs import check_cwd, host_tree, resolve_rootfs
+from worker.settings import Settings
+from worker.spec import Spec
+from worker.spec_parts import Mount, plain_path
+from worker.tree import Tree
+
+# `bind`, not `rbind`: what is mounted below an allowed folder was not allowed with it.
+BIND_OPTIONS = ("bind", "ro", "nosuid", "nodev")
+TMPFS_OPTIONS = ("nosuid", "nodev", "mode=1777")
+KERNELS_OWN = ("/proc", "/sys", "/dev")  # files there are doors into the kernel
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All mounts in OCI's words, parents first, and the mount points that a `host` rootfs needs for them."""
+
+    mounts: list[dict[str, Any]]
+    points: Mapping[str, str]  # path without its first slash -> "dir" or "file"
+
+
+def lay_out(spec: Spec, own: Iterable[dict[str, Any]], settings: Settings) -> Layout:
+    """The mounts of a sandbox: `own`, which every sandbox has, and those of the spec, which win.
+
+    Looks at the host and changes nothing.
+
+    Raises:
+        BadInput: A source that may not be bound, a target that cannot be a mount point, or a working
+            directory that would not be there.
+        PermissionError: The caller may not look at a source; root may.
+    """
+    asked = {one.target: one for one in spec.mounts}
+    made = [one for one in own if one["destination"] not in asked]
+    made += [_oci(one, settings) for one in spec.mounts]
+    made.sort(key=lambda one: len(PurePosixPath(one["destination"]).parts))
+    cwd, tmpfs = plain_path(spec.cwd), {one.target for one in spec.mounts if one.type == "tmpfs"}
+    tree = host_tree() if spec.rootfs == "host" else Tree(folder=resolve_rootfs(spec.rootfs, settings))
+    points: dict[str, str] = {}
+    for mount in made:
+        target, source = str(mount["destination"]), Path(str(mount["source"]))
+        if target in asked:
+            _check_way(tree, target)
+            if mount["type"] == "bind":
+                points |= _mount_point(tree, target, "dir" if source.is_dir() else "file", spec.rootfs)
+            elif target == cwd:  # runsc makes that folder in the rootfs, too
+                points |= _mount_point(tree, target, "dir", spec.rootfs)
+        if mount["type"] == "bind":
+            tree = tree.with_bind(target, source)
+    if cwd not in tmpfs:
+        check_cwd(tree, spec.cwd)
+    return Layout(made, points)
+
+
+def check_source(source: str, settings: Settings) -> Path:
+    """The folder or file itself, symlinks followed, if it may be bound.
+
+    What is bound is this path, not the one that was asked for, so that the spec's own symlinks are
+    looked at once. Between this look and runsc's mount, milliseconds later, somebody who may write
+    to the allowed folder *on the host* could still put a symlink in place of a part of the path;
+    a sandbox cannot, since every bind is read-only. So allow folders that only trusted users write to.
+
+    Raises:
+        BadInput: It is not below an allowed folder, is no folder or file, or is sandbatch's own.
+    """
+    what = f"bind {source}"
+    try:
+        found = Path(source).resolve(strict=True)
+        mode = found.lstat().st_mode
+    except PermissionError:
+        raise
+    except (OSError, RuntimeError):
+        raise BadInput(what, "there is no such folder or file", "name one on the sandbox's host") from None
+    allowed = [folder.resolve() for folder in settings.mount_allow]
+    if not any(found.is_relative_to(folder) for folder in allowed):
+        known = ", ".join(map(str, allowed)) or "none"
+        raise BadInput(
+            what,
+            f"{found} is not below an allowed folder (allowed: {known})",
+            "set SANDBATCH_MOUNT_ALLOW on the host",
+        )
+    if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+        raise BadInput(what, "it is a socket, a pipe or a device", "name a folder or a file")
+    if any(found.is_relative_to(folder) for folder in KERNELS_OWN):
+        raise BadInput(what, f"{found} is the kernel's", "a sandbox has its own /proc, /sys and /dev")
+    for own in (settings.state_dir.resolve(), settings.run_dir.resolve()):
+        if found.is_relative_to(own) or own.is_relative_to(found):
+            raise BadInput(what, f"sandbatch's own files are in {own}", "name another folder")
+    below = _mounted_below(found) if stat.S_ISDIR(mode) else ""
+    if below:  # runsc would fail without a word: the kernel does not tear such a mount off
+        raise BadInput(what, f"{below} is mounted below it", "bind a folder without mounts, each by itself")
+    return found
+
+
+def _oci(mount: Mount, settings: Settings) -> dict[str, Any]:
+    if mount.source is not None:
+        source, options = str(check_source(mount.source, settings)), list(BIND_OPTIONS)
+    else:
+        size = [] if mount.size_bytes is None else [f"size={mount.size_bytes}"]
+        source, options = "tmpfs", [*TMPFS_OPTIONS, *size]
+    return {"destination": mount.target, "type": mount.type, "source": source, "options": options}
+
+
+def _mounted_below(folder: Path) -> str:
+    """A mount point below a folder, or nothing."""
+    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+        point = Path(os.fsdecode(line.split(b" ")[4].decode("unicode_escape").encode("latin-1")))
+        if folder in point.parents:
+            return str(point)
+    return ""
+
+
+def _check_way(tree: Tree, target: str) -> None:
+    """runsc follows symlinks when it looks for a target, and its two halves not always alike."""
+    path = PurePosixPath(target)
+    for part in [*reversed(path.parents), path]:
+        kind = tree.look(part)
+        if kind.startswith("-> "):
+            leads = kind.removeprefix("-> ")
+            raise BadInput(
+                f"mount at {target}", f"{part} is a symlink (to {leads})", "name the folder itself"
+            )
+        if kind == "file" and part != path:
+            raise BadInput(f"mount at {target}", f"{part} is a file", "name another target")
+
+
+def _mount_point(tree: Tree, target: str, kind: str, rootfs: str) -> dict[str, str]:
+    """What the generated root lacks for this mount; nothing if the mount point is there."""
+    path = PurePosixPath(target)
+    there = tree.look(path)
+    if there == kind:
+        return {}
+    if there:
+        why = "is a folder and the source a file" if there == "dir" else "is a file and the source a folder"
+        raise BadInput(f"mount at {target}", f"it {why}", "name another target")
+    if rootfs == "host" and not tree.is_in_bind(path):
+        return {target.lstrip("/"): kind}
+    here = tree.host_side(path) or path
+    make = f"mkdir -p {shlex.quote(str(here))}"
+    if kind == "file":
+        make = f"mkdir -p {shlex.quote(str(here.parent))} && touch {shlex.quote(str(here))}"
+    raise BadInput(f"mount at {target}", f"the host has no {here} to mount it on", f"make it there: {make}")

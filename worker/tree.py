@@ -1,0 +1,71 @@
+"""What lies where in a sandbox's root, looked up on the host before there is a sandbox."""
+
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+
+MOST_LINKS = 40  # as the kernel: too many levels
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A root file system: a folder of the host, or the plan of one that is not made yet; and binds in it.
+
+    `planned`: path without its first slash -> "dir", "file", or "-> TARGET" for a symlink.
+    """
+
+    folder: Path | None = None
+    planned: Mapping[str, str] = field(default_factory=dict)
+    binds: Mapping[str, Path] = field(default_factory=dict)
+
+    def with_bind(self, target: str, source: Path) -> "Tree":
+        return replace(self, binds={**self.binds, target: source})
+
+    def look(self, path: PurePosixPath) -> str:
+        """ "dir", "file" (or anything else that is no folder), "-> TARGET", "" for nothing."""
+        here = self.host_side(path)
+        if here is None:
+            return "dir" if path == PurePosixPath("/") else self.planned.get(str(path).lstrip("/"), "")
+        try:
+            mode = here.lstat().st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            return ""
+        if stat.S_ISLNK(mode):
+            return f"-> {os.readlink(here)}"
+        return "dir" if stat.S_ISDIR(mode) else "file"
+
+    def follow(self, path: str) -> str:
+        """As `look`; symlinks are followed inside the sandbox's root, never on the host."""
+        left, inside, links = list(PurePosixPath(path).parts[1:]), PurePosixPath("/"), 0
+        while left:
+            part = left.pop(0)
+            if part == "..":
+                inside = inside.parent
+                continue
+            kind = self.look(inside / part)
+            if not kind.startswith("-> "):
+                inside /= part
+                continue
+            links += 1
+            if links > MOST_LINKS:
+                return ""
+            target = PurePosixPath(kind.removeprefix("-> "))
+            if target.is_absolute():
+                inside = PurePosixPath("/")
+            left = [part for part in target.parts if part != "/"] + left
+        return self.look(inside)
+
+    def host_side(self, path: PurePosixPath) -> Path | None:
+        """Where it lies on the host; None where it is only planned."""
+        for bind in self._binds_above(path):
+            return self.binds[bind] / path.relative_to(bind)
+        return None if self.folder is None else self.folder / path.relative_to("/")
+
+    def is_in_bind(self, path: PurePosixPath) -> bool:
+        return any(True for _ in self._binds_above(path))
+
+    def _binds_above(self, path: PurePosixPath) -> Iterator[str]:
+        """The innermost first."""
+        return (bind for bind in sorted(self.binds, key=len, reverse=True) if path.is_relative_to(bind))
