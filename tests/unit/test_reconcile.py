@@ -400,6 +400,16 @@ def test_at_the_start_a_journal_that_cannot_be_read_is_set_aside(settings, conte
     assert os.listdir(bad.folder) == [aside]
 
 
+def test_at_the_start_the_folder_of_one_that_was_being_forgotten_goes(settings):
+    """The worker was killed between the removal of its journal and that of its folder."""
+    known = made(settings, 1)
+    (known.folder / FILE).unlink()
+    other = made(settings, 2)
+    (other.folder / FILE).rename(other.folder / "something")
+    assert ids(reconcile.at_start(settings)) == {}
+    assert os.listdir(settings.sandboxes_dir) == [other.container_id]
+
+
 def test_one_that_somebody_works_on_is_not_set_aside_at_the_start(settings, monkeypatch):
     monkeypatch.setattr(reconcile, "TWIN_WAIT_S", 0.05)
     bad = made(settings, 1)
