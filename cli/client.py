@@ -15,6 +15,7 @@ from tasks.app import make_app
 from tasks.connection import check, connect
 from tasks.record import Record
 from tasks.state import TERMINAL, State
+from worker import capabilities
 from worker.bundle import own_mounts
 from worker.cni_config import find_network
 from worker.errors import BadInput, BadNetwork, HostNotReady
@@ -113,8 +114,10 @@ class Client:
 
     def _check_here(self, spec: Spec, hosts: list[dict[str, Any]]) -> None:
         """By this machine's own files: they are newer than what its worker said of them."""
-        if not any(spec.network in facts["networks"] for facts in hosts):
-            find_network(spec.network, (self.settings.own_cni_conf_dir, self.settings.cni_conf_dir))
+        if not any(_network_error(spec, facts) is None for facts in hosts):
+            conf_dirs = (self.settings.own_cni_conf_dir, self.settings.cni_conf_dir)
+            found = {one.name: find_network(one.name, conf_dirs) for one in spec.networks}
+            capabilities.check(spec, {name: capabilities.advertised(one) for name, one in found.items()})
         with suppress(PermissionError):  # of this user; the host's worker is root and looks again
             lay_out(spec, own_mounts(spec, self.settings), self.settings)
         with suppress(HostNotReady):  # which sandbatch hosts says better
@@ -158,9 +161,14 @@ class Client:
 
 
 def _check_there(spec: Spec, hosts: list[dict[str, Any]]) -> None:
-    if not any(spec.network in facts["networks"] for facts in hosts):
+    errors = [_network_error(spec, facts) for facts in hosts]
+    if errors and None not in errors:
         known = sorted({name for facts in hosts for name in facts["networks"]})
-        raise BadNetwork(f"network {spec.network}", "no host has it", f"known: {', '.join(known) or 'none'}")
+        for one in spec.networks:
+            if one.name not in known:
+                todo = f"known: {', '.join(known) or 'none'}"
+                raise BadNetwork(f"network {one.name}", "no host has it", todo)
+        raise next(error for error in errors if error is not None)
     if spec.rootfs != "host":
         allowed = sorted({folder for facts in hosts for folder in facts["rootfs_allow"]})
         if not any(Path(spec.rootfs).is_relative_to(folder) for folder in allowed):
@@ -171,6 +179,19 @@ def _check_there(spec: Spec, hosts: list[dict[str, Any]]) -> None:
         if not any(Path(source).is_relative_to(folder) for folder in allowed):
             todo = f"allowed: {', '.join(allowed) or 'none'}"
             raise BadInput(f"bind {source}", "lies in no folder that a host allows", todo)
+
+
+def _network_error(spec: Spec, facts: dict[str, Any]) -> BadInput | None:
+    """Why a host, as it speaks of itself, cannot attach a sandbox as the spec asks; None if it can."""
+    for one in spec.networks:
+        if one.name not in facts["networks"]:
+            return BadNetwork(f"network {one.name}", "not every host has it", "name the host with --host")
+    known = facts.get("capabilities", {})  # a host of the release before has none
+    try:
+        capabilities.check(spec, {one.name: known.get(one.name, []) for one in spec.networks})
+    except BadInput as error:
+        return error
+    return None
 
 
 def has_reached(state: str, goal: str) -> bool:

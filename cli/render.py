@@ -19,7 +19,8 @@ def table(*columns: str) -> Table:
 
 
 def sandboxes(rows: list[dict[str, Any]]) -> Table:
-    made = table("ID", "STATE", "HOST", "IP", "NETWORK", "AGE", "COMMAND", "ERROR")
+    with_ports = ["PORTS"] if any(row["publish"] for row in rows) else []
+    made = table("ID", "STATE", "HOST", "IP", "NETWORK", *with_ports, "AGE", "COMMAND", "ERROR")
     for row in rows:
         state = row["state"] if row["state"] != "launching" else f"launching ({row['stage'] or '…'})"
         if row["state"] == "exited" and row["exit_code"] is not None:
@@ -27,8 +28,9 @@ def sandboxes(rows: list[dict[str, Any]]) -> Table:
         error = row["error"] or {}
         why = f"{error['stage']}: {error['message']}" if error else ""
         command = " ".join(row["args"])
+        shown = [ports(row["publish"]) or "-"] if with_ports else []
         made.add_row(
-            row["id"], state, row["host"] or "-", row["ip"] or "-", row["network"] or "-",
+            row["id"], state, row["host"] or "-", row["ip"] or "-", ",".join(row["networks"]) or "-", *shown,
             age(row["created_at"]), command if len(command) <= 40 else command[:39] + "…", why,
         )  # fmt: skip
     return made
@@ -74,8 +76,9 @@ def details(row: dict[str, Any]) -> Table:
         "state": row["state"],
         "batch": row["batch"],
         "host": row["host"],
-        "network": row["network"],
-        "ip": ", ".join(row["ips"]),
+        "network": ", ".join(row["networks"]),
+        "ip": ", ".join(row["ips"]) if len(row["links"]) < 2 else _links(row["links"]),
+        "published": ports(row["publish"]),
         "rootfs": row["image"],
         "command": " ".join(row["args"]),
         "labels": ", ".join(f"{name}={value}" for name, value in row["labels"].items()),
@@ -93,6 +96,20 @@ def details(row: dict[str, Any]) -> Table:
         if value not in (None, ""):
             made.add_row(name, str(value))
     return made
+
+
+def ports(published: list[dict[str, Any]]) -> str:
+    """As `docker ps` has them: `8080->80/tcp`, with the address of the host where one was named."""
+    found = []
+    for one in published:
+        ip = "" if one["host_ip"] is None else f"{one['host_ip']}:"
+        ip = f"[{one['host_ip']}]:" if ip.count(":") > 1 else ip
+        found.append(f"{ip}{one['host_port']}->{one['port']}/{one['protocol']}")
+    return ", ".join(found)
+
+
+def _links(links: list[dict[str, Any]]) -> str:
+    return "; ".join(f"{one['if_name']} {', '.join(one['ips'])} ({one['network']})" for one in links)
 
 
 def age(stamp: str | None) -> str:

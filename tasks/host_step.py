@@ -22,6 +22,7 @@ from tasks.record import HEARTBEAT_S, Record
 from tasks.sweeper import sweep_fleet, sweep_host
 from worker import journal as journals
 from worker import logs, reconcile
+from worker.capabilities import advertised
 from worker.cni_config import list_networks
 from worker.journal import boot_id
 from worker.keeper import Keeper
@@ -153,6 +154,7 @@ def host_facts(current: Settings) -> dict[str, Any]:
         "sandboxes": journal_count,
         "slots": current.slots,
         "networks": sorted(networks),
+        "capabilities": {name: sorted(advertised(one)) for name, one in networks.items()},
         "broken_networks": [str(error) for error in broken],
         "rootfs_allow": [str(path) for path in current.rootfs_allow],
         "mount_allow": [str(path) for path in current.mount_allow],

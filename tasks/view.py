@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from tasks.state import State
+from worker.attachments import attached
 from worker.journal import Journal
 
 
@@ -14,6 +15,11 @@ def view(journal: Journal) -> tuple[State, dict[str, str]]:
     ips = journal.data.get("network", {}).get("ips", [])
     if ips:
         fields |= {"ip": ips[0], "ips": json.dumps(ips)}
+    if facts.get("publish"):
+        fields["publish"] = json.dumps(facts["publish"])
+    links = [{"if_name": one.if_name, "network": one.network, "ips": one.ips} for one in attached(journal)]
+    if links:
+        fields["links"] = json.dumps(links)
     is_over = journal.is_unwinding or bool(facts.get("restart_at"))
     for name in ("exit_code", "running_at", "ended_at", "reason", "restarts", "log_until"):
         if facts.get(name) is not None and (name != "ended_at" or is_over):
@@ -44,6 +50,8 @@ def shape(raw: dict[str, str]) -> dict[str, Any]:
         "networks": networks,
         "ip": raw.get("ip"),
         "ips": json.loads(raw.get("ips") or "[]"),
+        "links": json.loads(raw.get("links") or "[]"),
+        "publish": json.loads(raw.get("publish") or "[]"),
         "image": spec.get("rootfs"),
         "args": spec.get("args", []),
         "created_at": raw.get("created_at"),

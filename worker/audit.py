@@ -5,25 +5,29 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pyroute2 import IPRoute
 
-from worker import cni_cache, journal, logs, netns, process, procs
+from worker import attachments, cni_cache, journal, logs, netns, ports, process, procs
+from worker.attachments import Attached
+from worker.capabilities import PORT_MAPPINGS
 from worker.cni_config import Network, list_networks, network_from_bytes
 from worker.errors import BadNetwork, SandbatchError
 from worker.journal import Journal
 from worker.overlay import FOLDER
 from worker.settings import Settings
 from worker.spec import CONTAINER_ID
-from worker.stages import IF_NAME
 from worker.subnet import LIBCNI_DIR, NAME
 
 ID_PART = re.compile(r"(?<![0-9a-zA-Z])sb-[0-9a-f]{16}(?![0-9a-zA-Z])")
-CHAIN = re.compile(r"^:(CNI-[0-9a-f]{24}) ", re.MULTILINE)
+# As utils.FormatChainName has them; DN: portmap's. Its shared CNI-HOSTPORT-… stay, by its design.
+CHAIN = re.compile(r"^:(CNI-(?:DN-[0-9a-f]{21}|[0-9a-f]{24})) ", re.MULTILINE)
 OUR_VETH = re.compile(r"^veth[0-9a-f]{8}$")  # as the bridge plugin names the host's end
+OUR_IFB = re.compile(r"^bwp[0-9a-f]{12}$")  # as the bandwidth plugin names the link that slows what goes out
 UNREADABLE = "audit --mend undoes what the sandbox holds, and keeps the file"
 LOG_LATE_S = 300.0  # a worker looks at the kept logs every `reconcile_s`
 END_NOTED_S = 20.0  # an end that no event has told is found by the next look at the journals
@@ -134,19 +138,31 @@ def _network_objects(look: _Look, done: dict[str, Journal]) -> None:
             look.networks.setdefault(entry.network, network_from_bytes(entry.config))
         except BadNetwork:
             continue  # the entry itself is compared below
-    attached = {one: known for one, known in done.items() if "network" in known.data}
-    due_entries = {f"{known.spec.network}-{one}-{IF_NAME}": one for one, known in attached.items()}
+    links = {one: found for one, known in done.items() if (found := attachments.attached(known))}
+    due_entries = {
+        cni_cache.entry_path(settings.cni_cache_dir, one.network, owner, one.if_name).name: owner
+        for owner, one in _each(links)
+    }
     look.compare("cni cache", "network", {one.path.name: one.container_id for one in entries}, due_entries)
     look.compare("cni cache", "network", half_written(look.settings))
-    leases = _leases(look)
     due_leases: dict[str, str] = {}
-    for container_id, known in attached.items():
-        folder = lease_folder(look.networks.get(known.spec.network), settings)
+    for container_id, one in _each(links):
+        folder = lease_folder(look.networks.get(one.network), settings)
         if folder is not None:
-            due_leases |= {str(folder / ip): container_id for ip in known.data["network"]["ips"]}
-    look.compare("lease", "network", leases, due_leases)
-    _veths(look, attached)
-    _chains(look, attached)
+            due_leases |= {str(folder / ip): container_id for ip in one.ips}
+    look.compare("lease", "network", _leases(look), due_leases)
+    _links(look, links)
+    _chains(look, links)
+    due_ports = {
+        path: container_id
+        for container_id in links
+        for path in ports.reservations(settings, done[container_id].facts.get("publish", []))
+    }
+    look.compare("port", "network", ports.reserved(settings), due_ports)
+
+
+def _each(links: dict[str, list[Attached]]) -> Iterator[tuple[str, Attached]]:
+    return ((container_id, one) for container_id, found in links.items() for one in found)
 
 
 def lease_folder(network: Network | None, settings: Settings) -> Path | None:
@@ -193,60 +209,82 @@ def _leases(look: _Look) -> dict[str, str]:
     return found
 
 
-def _veths(look: _Look, attached: dict[str, Journal]) -> None:
+def _links(look: _Look, attached: dict[str, list[Attached]]) -> None:
+    """The host's ends of the sandboxes' links, and what the bandwidth plugin sets beside them."""
     bridges = _bridges(look, attached)
-    others = _host_ends_of_others(look)
-    due = {
-        name: one for one, known in attached.items() for name in _host_ends(known.data["network"]["result"])
-    }
+    others = _links_of_others(look)
     with IPRoute() as ipr:
         links = list(ipr.get_links())
     names = {link["index"]: str(link.get_attr("IFLA_IFNAME")) for link in links}
-    found = {}
+    due: dict[str, dict[str, str]] = {"veth": {}, "ifb": {}}
+    for container_id, one in _each(attached):
+        due["veth"] |= dict.fromkeys(_host_links(one.result, OUR_VETH), container_id)
+        due["ifb"] |= dict.fromkeys(_host_links(one.result, OUR_IFB), container_id)
+    owners = {ifb_name(*pair): pair[1] for pair in _pairs(look)}
+    found: dict[str, dict[str, str]] = {"veth": {}, "ifb": {}}
     for link in links:
         info, name = link.get_attr("IFLA_LINKINFO"), names[link["index"]]
-        if info is None or info.get_attr("IFLA_INFO_KIND") != "veth":
-            continue
+        kind = info.get_attr("IFLA_INFO_KIND") if info is not None else None
         master = names.get(link.get_attr("IFLA_MASTER") or 0)
         if name in others:
             continue
-        if name in due or master in bridges or (master is None and OUR_VETH.match(name)):
-            found[name] = due.get(name, "")
-    if _has_attaching(look):
-        found = {name: owner for name, owner in found.items() if owner}  # an ADD at work has no result yet
-    look.compare("veth", "network", found, due)
+        if kind == "veth":
+            if name in due[kind] or master in bridges or (master is None and OUR_VETH.match(name)):
+                found[kind][name] = due[kind].get(name, "")
+        elif kind == "ifb" and OUR_IFB.match(name):
+            found[kind][name] = owners.get(name, "")
+    for kind, some in found.items():
+        if _has_attaching(look):  # an ADD at work has no result yet
+            some = {name: owner for name, owner in some.items() if name in due[kind]}
+        look.compare(kind, "network", some, due[kind])
+
+
+def _pairs(look: _Look) -> list[tuple[str, str]]:
+    """(network, id) of which the plugins make names: all that the journals speak of."""
+    return [(one.name, known.container_id) for known in look.journals.values() for one in known.spec.networks]
 
 
 def _has_attaching(look: _Look) -> bool:
     return any("network" in known.begun and "network" not in known.data for known in look.journals.values())
 
 
-def _bridges(look: _Look, attached: dict[str, Journal]) -> set[str]:
+def _bridges(look: _Look, attached: dict[str, list[Attached]]) -> set[str]:
     """Bridges of our own network and of those that our sandboxes are on."""
-    names = {NAME, *(known.spec.network for known in attached.values())}
+    names = {NAME, *(one.network for _, one in _each(attached))}
     plugins = [plugin for name in names if name in look.networks for plugin in look.networks[name].plugins]
     return {str(plugin.get("bridge", "cni0")) for plugin in plugins if plugin["type"] == "bridge"}
 
 
-def _host_ends_of_others(look: _Look) -> set[str]:
+def _links_of_others(look: _Look) -> set[str]:
     """Links that another runtime's cache entry has: it may share a network with us."""
     entries = cni_cache.list_entries(look.settings.cni_cache_dir)
     strangers = [one.result or {} for one in entries if not CONTAINER_ID.fullmatch(one.container_id)]
-    return {name for result in strangers for name in _host_ends(result)}
+    return {
+        name for result in strangers for kind in (OUR_VETH, OUR_IFB) for name in _host_links(result, kind)
+    }
 
 
-def _host_ends(result: dict[str, Any]) -> list[str]:
-    ends = [str(one.get("name")) for one in result.get("interfaces") or [] if not one.get("sandbox")]
-    return [name for name in ends if OUR_VETH.match(name)]
+def _host_links(result: dict[str, Any], kind: re.Pattern[str]) -> list[str]:
+    names = [str(one.get("name")) for one in result.get("interfaces") or [] if not one.get("sandbox")]
+    return [name for name in names if kind.match(name)]
 
 
-def chain_name(network: str, container_id: str) -> str:
-    """The nat chain of one attachment (plugins: pkg/utils/utils.go, FormatChainName)."""
-    return "CNI-" + hashlib.sha512((network + container_id).encode()).hexdigest()[:24]
+def ifb_name(network: str, container_id: str) -> str:
+    """The bandwidth plugin's own link for one attachment (its main.go, getIfbDeviceName)."""
+    return "bwp" + hashlib.sha512((network + container_id).encode()).hexdigest()[:12]
 
 
-def _chains(look: _Look, attached: dict[str, Journal]) -> None:
-    owners = {chain_name(known.spec.network, one): one for one, known in look.journals.items()}
+def chain_name(network: str, container_id: str, prefix: str = "") -> str:
+    """A nat chain of one attachment (plugins: pkg/utils/utils.go); with the prefix "DN-" portmap's."""
+    return f"CNI-{prefix}{hashlib.sha512((network + container_id).encode()).hexdigest()}"[:28]
+
+
+def chain_names(network: str, container_id: str) -> list[str]:
+    return [chain_name(network, container_id, prefix) for prefix in ("", "DN-")]
+
+
+def _chains(look: _Look, attached: dict[str, list[Attached]]) -> None:
+    owners = {chain: pair[1] for pair in _pairs(look) for chain in chain_names(*pair)}
     found: dict[str, str] = {}
     for program in nat_programs():
         text = output(f"{program}-save", "-t", "nat")
@@ -256,10 +294,13 @@ def _chains(look: _Look, attached: dict[str, Journal]) -> None:
             if chain in owners or ids or f'name: \\"{NAME}\\"' in "\n".join(rules) or not rules:
                 found[chain] = owners.get(chain) or (ids[0] if ids else "")
     due = {}
-    for container_id, known in attached.items() if nat_programs() else ():
-        network = look.networks.get(known.spec.network)
+    for container_id, one in _each(attached) if nat_programs() else ():
+        network = look.networks.get(one.network)
+        masquerade, forward = chain_names(one.network, container_id)
         if network and _masquerades_by_iptables(network):
-            due[chain_name(known.spec.network, container_id)] = container_id
+            due[masquerade] = container_id
+        if _publishes_by_iptables(look.journals[container_id], one.if_name):
+            due[forward] = container_id
     look.compare("nat chain", "network", found, due)
     if shutil.which("nft") and MASQUERADE_TABLE in output("nft", "list", "tables"):
         text = output("nft", "list", "table", "inet", MASQUERADE_TABLE)
@@ -276,6 +317,20 @@ def nat_programs() -> list[str]:
 def _masquerades_by_iptables(network: Network) -> bool:
     bridges = [plugin for plugin in network.plugins if plugin["type"] == "bridge"]
     return any(one.get("ipMasq") and one.get("ipMasqBackend", "iptables") == "iptables" for one in bridges)
+
+
+def _publishes_by_iptables(known: Journal, if_name: str) -> bool:
+    """portmap has made its chain for this link, as its ADD was configured."""
+    try:
+        plans = [one for one in attachments.planned(known) if one.attachment.if_name == if_name]
+    except BadNetwork:
+        return False
+    return any(
+        plugin["type"] == "portmap" and plugin.get("backend", "iptables") == "iptables"
+        for one in plans
+        if PORT_MAPPINGS in one.attachment.capability_args
+        for plugin in one.network.plugins
+    )
 
 
 def _files(look: _Look, done: dict[str, Journal]) -> None:

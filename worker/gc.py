@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from worker import cni_cache, journal, netns, procs
+from worker.attachments import if_name
 from worker.audit import lease_folder
 from worker.cni import Attachment, CniRuntime
 from worker.cni_cache import CacheEntry
@@ -21,12 +22,14 @@ from worker.errors import BadNetwork, SandbatchError
 from worker.mend import detach_orphan, inhabitants, others
 from worker.settings import Settings
 from worker.spec import CONTAINER_ID
-from worker.stages import IF_NAME
 from worker.subnet import NAME
 
 log = logging.getLogger("sandbatch")
 LONGEST_S = 30.0  # the worker's start waits for it; what is left is for the next start
 PLUGIN_S = 10.0
+
+_Link = tuple[str, str]  # container id, interface
+_Use = tuple[str, str, str]  # container id, network, interface
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,15 @@ class _Place:
 
     network: Network
     entries: list[CacheEntry]
-    lessees: set[str] | None
+    lessees: set[_Link] | None
+
+    @property
+    def links(self) -> set[_Link]:
+        return {(entry.container_id, entry.if_name) for entry in self.entries} | (self.lessees or set())
 
     @property
     def owners(self) -> set[str]:
-        return {entry.container_id for entry in self.entries} | (self.lessees or set())
+        return {container_id for container_id, _ in self.links}
 
 
 def collect(settings: Settings) -> list[SandbatchError]:
@@ -69,14 +76,17 @@ def collect(settings: Settings) -> list[SandbatchError]:
 
 
 def _collect_one(
-    cni: CniRuntime, place: _Place, in_use: dict[str, str], may_be_in_use: set[str], deadline: float
+    cni: CniRuntime, place: _Place, in_use: set[_Use], may_be_in_use: set[str], deadline: float
 ) -> list[SandbatchError]:
     network, errors = place.network, []
-    valid = {one for one, name in in_use.items() if name == network.name} | may_be_in_use
+    valid = {(one, link) for one, name, link in in_use if name == network.name}
     # Somebody's shell, or a process that outlived its sandbox: DEL would take the network from it.
-    valid |= {one for one in place.owners - valid if _is_lived_in(netns.netns_path(one))}
+    idle = place.owners - may_be_in_use - {one for one, _ in valid}
+    may_be_in_use = may_be_in_use | {one for one in idle if _is_lived_in(netns.netns_path(one))}
+    valid |= {one for one in place.links if one[0] in may_be_in_use}
+    valid |= {(one, if_name(0)) for one in may_be_in_use}
     for entry in place.entries:
-        if (entry.container_id in valid and entry.if_name == IF_NAME) or time.monotonic() > deadline:
+        if (entry.container_id, entry.if_name) in valid or time.monotonic() > deadline:
             continue
         log.info("CNI DEL of %s on %s: no journal has it", entry.container_id, network.name)
         try:
@@ -84,9 +94,9 @@ def _collect_one(
         except SandbatchError as error:
             errors.append(error)
     # A cache entry that is still there has failed above: GC would only fail again, in the same words.
-    left = {entry.container_id for entry in place.entries if entry.path.exists()}
+    left = {(entry.container_id, entry.if_name) for entry in place.entries if entry.path.exists()}
     if network.is_at_least("1.1.0") and time.monotonic() <= deadline:
-        errors += cni.cni_gc(network, [_attachment(one) for one in sorted(valid | left)])
+        errors += cni.cni_gc(network, [_attachment(*one) for one in sorted(valid | left)])
     return errors
 
 
@@ -94,8 +104,8 @@ def _is_lived_in(path: Path) -> bool:
     return path.is_symlink() or bool(inhabitants(path))
 
 
-def _attachment(container_id: str) -> Attachment:
-    return Attachment(container_id, netns.netns_path(container_id), IF_NAME)
+def _attachment(container_id: str, link: str) -> Attachment:
+    return Attachment(container_id, netns.netns_path(container_id), link)
 
 
 def _places(settings: Settings) -> list[_Place]:
@@ -112,19 +122,21 @@ def _places(settings: Settings) -> list[_Place]:
     ]
 
 
-def _lessees(network: Network, settings: Settings) -> set[str] | None:
+def _lessees(network: Network, settings: Settings) -> set[_Link] | None:
     folder = lease_folder(network, settings)
     if folder is None:
         return None
     return set(_owners(folder.iterdir())) if folder.is_dir() else set()
 
 
-def _owners(files: Iterable[Path]) -> Iterable[str]:
+def _owners(files: Iterable[Path]) -> Iterable[_Link]:
+    """A lease's first line is the container's id, its second the interface; old ones have none."""
     for file in files:
         if file.name == "lock" or file.name.startswith("last_reserved_ip"):
             continue
         with suppress(FileNotFoundError):  # freed just now
-            yield file.read_text(errors="replace").split("\n")[0].strip()
+            owner, *more = file.read_text(errors="replace").split("\n")
+            yield owner.strip(), (more[0].strip() if more else "") or if_name(0)
 
 
 def _is_ours(place: _Place, settings: Settings, strangers: dict[str, str]) -> bool:
@@ -151,10 +163,15 @@ def _has_broken_entries(results: Path, name: str) -> bool:
     return any(one.startswith(f"{name}-") and cni_cache.read(results / one) is None for one in names)
 
 
-def _valid(settings: Settings) -> tuple[dict[str, str], set[str]]:
-    """Ids whose journal has begun their network, with its name; and those of which nothing is known."""
+def _valid(settings: Settings) -> tuple[set[_Use], set[str]]:
+    """The attachments that a journal has begun; and the ids of which nothing is known."""
     journals, errors = journal.read_all(settings.sandboxes_dir)
-    in_use = {one.container_id: one.spec.network for one in journals if "network" in one.begun}
+    in_use = {
+        (known.container_id, one.name, if_name(number))
+        for known in journals
+        if "network" in known.begun
+        for number, one in enumerate(known.spec.networks)
+    }
     readable = {one.container_id for one in journals}
     unreadable = {Path(one.what.removesuffix(f"/{journal.FILE}")).name for one in errors}
     alive = {one.container_id for one in procs.all_sandbox_processes(settings.runsc_root)}

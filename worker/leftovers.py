@@ -60,10 +60,10 @@ def _lock(handle: int, folder: Path) -> None:
 
 
 def remove_chains(container_id: str, names: set[str]) -> None:
-    """Remove the masquerade chains of one id, and the jumps to them.
+    """Remove the masquerade and forward chains of one id, and the jumps to them.
 
-    Which are its own is said by the comments of their rules, all of which must name it; of an empty
-    one by its name alone, one of `names`.
+    Which are its own is said by the comments of their rules, all of which must name it; of one
+    without comments by its name alone, one of `names`.
     """
     for program in nat_programs():
         text = output(f"{program}-save", "-t", "nat")
@@ -72,7 +72,9 @@ def remove_chains(container_id: str, names: set[str]) -> None:
             inside = [rule for rule in rules if rule[0] == chain]
             jumps = [rule for rule in rules if rule[0] != chain and _target(rule) == chain]
             owners = {owner for rule in (*inside, *jumps) for owner in _owners(rule)}
-            if owners == {container_id} or (chain in names and not owners and not inside):
+            # portmap gives only the jump a comment: without it, the name alone says whose the rules are.
+            may_be_its_own = not owners and (not inside or chain.startswith("CNI-DN-"))
+            if owners == {container_id} or (chain in names and may_be_its_own):
                 nat = [program, "--wait", "-t", "nat"]
                 for rule in jumps:
                     output(*nat, "-D", *rule)

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from worker import bundle as oci
-from worker import cni_cache, conmon, journal, leftovers, logs, netns, procs
-from worker.audit import ID_PART, Finding, audit, chain_name, half_written, lease_folder
+from worker import cni_cache, conmon, journal, leftovers, logs, netns, ports, procs
+from worker.audit import ID_PART, Finding, audit, chain_names, half_written, ifb_name, lease_folder
 from worker.cni import Attachment, CniRuntime
 from worker.cni_cache import CacheEntry
 from worker.cni_config import Network, list_networks, network_from_bytes
@@ -212,7 +212,11 @@ class _Work:
                 detach_orphan(self.cni, entry, entries)
         folders = {lease_folder(network, self.settings) for network in self.networks.values()}
         leftovers.free_leases(container_id, sorted(filter(None, folders)))
-        leftovers.remove_chains(container_id, {chain_name(name, container_id) for name in self.networks})
+        names = [chain for name in self.networks for chain in chain_names(name, container_id)]
+        leftovers.remove_chains(container_id, set(names))
+        for name in self.networks:
+            leftovers.remove_link(ifb_name(name, container_id))
+        ports.release(self.settings, container_id)
         for name, owner in half_written(self.settings).items():
             if owner == container_id:
                 place = cache_dir if name.startswith(".") else cache_dir / "results"

@@ -3,8 +3,9 @@
 import contextlib
 import ctypes
 import os
+import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from ipaddress import ip_interface
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ NETNS_DIR = Path("/var/run/netns")
 OWN_NETNS = Path("/proc/self/ns/net")
 IFA_F_NODAD = 0x02  # without it an IPv6 address is tentative for up to 3 s (DESIGN, point 9)
 CLONE_NEWNET = 0x40000000
+RT_TABLE_MAIN = 254
 PEER_NAME = "sbpeer%d"  # other end of a link that stands in for one that is gone; the kernel puts a number
 
 
@@ -80,6 +82,15 @@ def links_in(path: Path) -> list[Any]:
     found: list[Any] = []
     _inside(path, lambda ipr: found.extend(ipr.get_links()))
     return found
+
+
+def keep_one_default_route(path: Path, if_names: Sequence[str]) -> None:
+    """Of the default routes of each family keep those of the first link in `if_names` that has one.
+
+    Each network's ADD may set one of its own; netstack takes them all (measured), and which of them a
+    connection then leaves by is up to each stack: the kernel's prefers the last, netstack the first.
+    """
+    _inside(path, lambda ipr: _keep_one_default_route(ipr, if_names))
 
 
 @contextlib.contextmanager
@@ -158,6 +169,26 @@ def _put_link_back(ipr: IPRoute, if_name: str, addresses: list[str]) -> list[int
         with contextlib.suppress(NetlinkError):
             ipr.addr("add", index=index, address=str(interface.ip), prefixlen=prefixlen, **flags)
     return there
+
+
+def _keep_one_default_route(ipr: IPRoute, if_names: Sequence[str]) -> None:
+    order = [index for name in if_names for index in ipr.link_lookup(ifname=name)]
+    for family in (socket.AF_INET, socket.AF_INET6):
+        found = [hop for route in ipr.get_routes(family=family) for hop in _default_hops(route)]
+        kept = next((index for index in order if any(hop["oif"] == index for hop in found)), None)
+        for hop in found:
+            if hop["oif"] in order and hop["oif"] != kept:
+                ipr.route("del", family=family, dst_len=0, **hop)
+
+
+def _default_hops(route: Any) -> list[dict[str, Any]]:
+    """The ways of one default route; IPv6 shows those of one metric as one route with several."""
+    if route["dst_len"] or route.get_attr("RTA_TABLE") != RT_TABLE_MAIN:
+        return []
+    more = {"priority": metric} if (metric := route.get_attr("RTA_PRIORITY")) else {}
+    hops = [(hop["oif"], hop.get_attr("RTA_GATEWAY")) for hop in route.get_attr("RTA_MULTIPATH") or []]
+    hops = hops or [(route.get_attr("RTA_OIF"), route.get_attr("RTA_GATEWAY"))]
+    return [{"oif": oif, **({"gateway": gateway} if gateway else {}), **more} for oif, gateway in hops]
 
 
 def _remove_link(ipr: IPRoute, if_name: str) -> None:

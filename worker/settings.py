@@ -24,6 +24,7 @@ from worker.spec import host_name
 DEFAULT_CONFIG = Path("/etc/sandbatch/sandbatch.toml")
 BROKER_SCHEMES = ("redis://", "rediss://", "redis+socket://", "unix://")
 LOGIN = re.compile(r"://.*@|(?<=[?&]password=)[^&'\"]*")  # of a URL in an error
+PORTS = re.compile(r"^(?P<first>[0-9]{1,5})-(?P<last>[0-9]{1,5})$")
 MEMORY_PER_SANDBOX = 24 * 2**20  # 15 MB measured for an idle netstack sandbox, and room for a small program
 
 
@@ -51,6 +52,9 @@ class Settings(BaseSettings):
     runsc_timeout_s: float = Field(30.0, gt=0, description="longest run of one runsc verb")
     rootfs_allow: tuple[Path, ...] = ()
     mount_allow: tuple[Path, ...] = ()
+    publish_ports: str = Field(
+        "20000-29999", description="host ports to choose from; below the kernel's own range for clients"
+    )
     writable_disk_bytes: int = Field(
         2**30, ge=2**20, description="most that a writable root takes of the disk, if its spec names no size"
     )
@@ -79,6 +83,14 @@ class Settings(BaseSettings):
             _ = urlsplit(value).port
         except ValueError:  # its words may hold a part of the password
             raise ValueError("it is no URL; in a password '/' is written %2F, ':' %3A, '@' %40") from None
+        return value
+
+    @field_validator("publish_ports")
+    @classmethod
+    def _ports_are_a_range(cls, value: str) -> str:
+        match = PORTS.fullmatch(value)
+        if match is None or not 1 <= int(match["first"]) <= int(match["last"]) <= 65535:
+            raise ValueError("FIRST-LAST is needed, two ports, the lower one first")
         return value
 
     @model_validator(mode="after")
@@ -134,6 +146,16 @@ class Settings(BaseSettings):
     def exit_dir(self) -> Path:
         """conmon writes one file an ended sandbox here: its name the id, its text the exit code."""
         return self.run_dir / "exits"
+
+    @property
+    def ports_dir(self) -> Path:
+        """One symlink a published port of this host; see `worker.ports`."""
+        return self.run_dir / "ports"
+
+    @property
+    def publish_range(self) -> tuple[int, int]:
+        first, _, last = self.publish_ports.partition("-")
+        return int(first), int(last)
 
     @property
     def broker_socket(self) -> Path:

@@ -68,6 +68,17 @@ def address(value: str) -> str:
         raise ValueError("an IPv4 or IPv6 address is needed, without a prefix length") from None
 
 
+def _own_address(value: str) -> str:
+    """With the prefix length where one is given: `static` needs it, host-local knows its own."""
+    ip, slash, length = value.partition("/")
+    if not slash:
+        return address(value)
+    try:
+        return str(ipaddress.ip_interface(f"{address(ip)}/{length}"))
+    except ValueError:
+        raise ValueError("an IPv4 or IPv6 address is needed") from None
+
+
 def _mac(value: str) -> str:
     value = value.lower()
     if not MAC.fullmatch(value) or int(value[:2], 16) & 1:
@@ -107,7 +118,7 @@ class NetworkRequest(Part):
     """One network to be on; `ips`, `mac` and `aliases` go to plugins that advertise the capability."""
 
     name: Annotated[str, AfterValidator(network_name)]
-    ips: list[Annotated[str, AfterValidator(address)]] = Field(default_factory=list, max_length=2)
+    ips: list[Annotated[str, AfterValidator(_own_address)]] = Field(default_factory=list, max_length=2)
     mac: Annotated[str, AfterValidator(_mac)] | None = None
     aliases: list[Annotated[str, AfterValidator(dns_name)]] = Field(default_factory=list, max_length=16)
 

@@ -10,18 +10,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from worker import attachments, conmon, netns, ports
 from worker import bundle as oci
-from worker import conmon, netns
-from worker.cni import Attachment, CniRuntime, result_ips
-from worker.cni_config import Network, find_network, network_from_bytes
+from worker.cni import CniRuntime
 from worker.journal import Journal, read_all
 from worker.overlay import check_overlay, make_overlay_folder, overlay_flag
 from worker.rootfs import generations, is_crowded, prune_host_rootfs
 from worker.runsc import Runsc
 from worker.settings import Settings
 from worker.spec import Spec
-
-IF_NAME = "eth0"
 
 
 @dataclass(frozen=True)
@@ -47,23 +44,33 @@ def delete_netns(host: Host, journal: Journal) -> None:
     netns.delete_netns(journal.container_id)
 
 
-def choose_network(host: Host, journal: Journal) -> dict[str, Any]:
-    """The network's configuration as ADD will have it: DEL must call the plugins that ADD called."""
-    return {"config": find_network(journal.spec.network, host.conf_dirs).whole.decode()}
+def choose_networks(host: Host, journal: Journal) -> dict[str, Any]:
+    """The networks' configurations as ADD will have them: DEL must call the plugins that ADD called."""
+    return attachments.plan(journal.spec, host.conf_dirs)
 
 
 def attach(host: Host, journal: Journal) -> dict[str, Any]:
-    """CNI ADD; the sandbox's addresses come from its result, since netstack takes them off the link."""
-    network = _chosen_network(journal, journal.intents["network"]["config"])
-    result = host.cni.cni_add(network, _attachment(journal))
-    return {"result": result, "ips": result_ips(result, IF_NAME)}
+    """CNI ADD for each network, first to last.
+
+    The sandbox's addresses come from the results, since netstack takes them off the links.
+    """
+    container_id, spec = journal.container_id, journal.spec
+    if spec.publish:
+        before = journal.facts.get("publish", [])  # a sandbox that is started anew keeps its ports
+        journal.set_facts(publish=ports.reserve(host.settings, container_id, spec.publish, before))
+    results = [(one, host.cni.cni_add(one.network, one.attachment)) for one in attachments.planned(journal)]
+    if len(results) > 1:
+        netns.keep_one_default_route(
+            netns.netns_path(container_id), [one.attachment.if_name for one, _ in results]
+        )
+    return attachments.data_of(results)
 
 
 def detach(host: Host, journal: Journal) -> None:
-    """CNI DEL with the configuration that ADD had; its result is in the cache entry."""
-    config = journal.intents.get("network", {}).get("config")
-    if config is not None:  # else there is no such network: no plugin can have run
-        host.cni.cni_del(_chosen_network(journal, config), _attachment(journal))
+    """CNI DEL for each network, last to first, with the configuration that its ADD had."""
+    for one in reversed(attachments.planned(journal)):
+        host.cni.cni_del(one.network, one.attachment)
+    ports.release(host.settings, journal.container_id)
 
 
 def plan_bundle(host: Host, journal: Journal) -> dict[str, Any]:
@@ -152,7 +159,7 @@ class Stage:
 
 STAGES = (
     Stage("netns", do=create_netns, undo=delete_netns),
-    Stage("network", do=attach, undo=detach, intend=choose_network),
+    Stage("network", do=attach, undo=detach, intend=choose_networks),
     Stage("bundle", do=make_bundle, undo=remove_bundle, intend=plan_bundle),
     Stage("container", do=start_container, undo=end_container),
     Stage("ready", do=confirm_ready, undo=nothing),
@@ -167,15 +174,3 @@ def stages_of(spec: Spec) -> tuple[Stage, ...]:
 
 def make_host(settings: Settings, *, hides_sysctl: bool) -> Host:
     return Host(settings, CniRuntime.from_settings(settings), Runsc.from_settings(settings, hides_sysctl))
-
-
-def _chosen_network(journal: Journal, config: str) -> Network:
-    return network_from_bytes(config.encode(), f"network in the journal of {journal.container_id}")
-
-
-def _attachment(journal: Journal) -> Attachment:
-    return Attachment(
-        container_id=journal.container_id,
-        netns_path=netns.netns_path(journal.container_id),
-        if_name=IF_NAME,
-    )

@@ -9,6 +9,11 @@ from pathlib import Path
 COUNTERS = re.compile(r"\[\d+:\d+\]|counter packets \d+ bytes \d+|^#.*$", re.MULTILINE)
 # The kernel's own tables and chains come with the first rule, and stay.
 EMPTY_TABLE = re.compile(r"[*}]|COMMIT|table |type |chain [A-Z]|:(INPUT|OUTPUT|FORWARD|(PRE|POST)ROUTING) ")
+# portmap's shared chains, and the jumps to them, come with the first published port, and stay by its design.
+SHARED = re.compile(
+    r":CNI-HOSTPORT-|-A CNI-HOSTPORT-(SETMARK|MASQ) |-A .* -j CNI-HOSTPORT-(DNAT|MASQ)$"
+    r"|chain CNI-HOSTPORT-|(fib daddr type local )?\s*jump CNI-HOSTPORT-(DNAT|MASQ)$|meta mark .*0x0*2000\b"
+)
 OURS = re.compile(r"sb-[0-9a-f]{16}|runsc|gvisor")  # a machine's other cgroups come and go
 BENCH = "sandbatch-bench"  # a bench may run beside the tests
 
@@ -16,8 +21,8 @@ BENCH = "sandbatch-bench"  # a bench may run beside the tests
 def snapshot() -> dict[str, list[str]]:
     """Firewall rules, links, leases and cache, netns, cgroups, mounts and the processes of sandboxes."""
     return {
-        "iptables": [line for line in _lines("iptables-save") if not EMPTY_TABLE.match(line)],
-        "nftables": [line for line in _lines("nft", "list", "ruleset") if not EMPTY_TABLE.match(line)],
+        "iptables": [line for line in _lines("iptables-save") if not _may_stay(line)],
+        "nftables": [line for line in _lines("nft", "list", "ruleset") if not _may_stay(line)],
         "links": sorted(link["ifname"] for link in json.loads(_output("ip", "-j", "link"))),
         "addresses": sorted(f"{one['ifname']} {one['addr_info']}" for one in _addresses()),
         "cni": _tree(Path("/var/lib/cni")),
@@ -40,6 +45,10 @@ def difference(before: dict[str, list[str]], after: dict[str, list[str]]) -> dic
         if came or went:
             found[kind] = came + went
     return found
+
+
+def _may_stay(rule: str) -> bool:
+    return bool(EMPTY_TABLE.match(rule) or SHARED.match(rule))
 
 
 def _addresses() -> list[dict[str, object]]:

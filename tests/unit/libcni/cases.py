@@ -349,6 +349,29 @@ CASES = [
             "net-6": [],
         },
     ),
+    Case(
+        "capability arguments go to the plugins that mark them true, and to no other",
+        {
+            "n.conflist": network(
+                "1.0.0",
+                {"type": "one", "capabilities": {"ips": True, "mac": True, "portMappings": False}},
+                {"type": "two", "capabilities": {"portMappings": True}, "runtimeConfig": {"mine": 1}},
+                {"type": "three", "capabilities": {"bandwidth": True, "aliases": True, "mac": True}},
+            )
+        },
+        _answers(one_ADD=RESULT, two_ADD=RESULT, three_ADD=RESULT),
+        capability_args={
+            "portMappings": [
+                {"hostPort": 8080, "containerPort": 80, "protocol": "tcp"},
+                {"hostPort": 5353, "containerPort": 53, "protocol": "udp", "hostIP": "127.0.0.1"},
+            ],
+            "bandwidth": {"ingressRate": 8000000, "ingressBurst": 800000},
+            "ips": ["10.1.0.5", "fd00::5/64"],
+            "mac": "02:00:00:00:00:01",
+            "aliases": ["db", "www"],
+            "infinibandGUID": "nobody asks for it",
+        },
+    ),
     Case("an interface with a long name", {"n.conflist": network()}, if_name="e" * 16),
     Case("an interface with a colon", {"n.conflist": network()}, if_name="eth0:1"),
     Case("an interface called ..", {"n.conflist": network()}, if_name=".."),
