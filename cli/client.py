@@ -15,7 +15,7 @@ from tasks.app import make_app
 from tasks.connection import check, connect
 from tasks.record import Record
 from tasks.state import TERMINAL, State
-from worker import capabilities
+from worker import capabilities, limits
 from worker.bundle import own_mounts
 from worker.cni_config import find_network
 from worker.errors import BadInput, BadNetwork, HostNotReady
@@ -102,6 +102,7 @@ class Client:
         Raises:
             BadInput: What is wrong, and what is known.
         """
+        limits.check(spec)
         hosts = self.record.live_hosts()
         if spec.host is not None and hosts and spec.host not in hosts:
             raise BadInput(f"--host {spec.host}", "no such host", f"known: {', '.join(hosts)}")
@@ -122,6 +123,7 @@ class Client:
             lay_out(spec, own_mounts(spec, self.settings), self.settings)
         with suppress(HostNotReady):  # which sandbatch hosts says better
             check_overlay(spec, Runsc.from_settings(self.settings, hides_sysctl=False))
+        limits.check_here(spec)
 
     def next_change(self, mark: str) -> str:
         """Wait until something changes after `mark` of the stream; the new mark."""

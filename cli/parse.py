@@ -5,11 +5,11 @@ from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from worker import spec_parts
 from worker.errors import BadInput
 
-SIZE = re.compile(r"^(?P<number>[0-9]+(?:\.[0-9]+)?)(?P<unit>[kmgt]?)(?:i?b)?$", re.IGNORECASE)
 RATE = re.compile(r"^(?P<number>[0-9]+(?:\.[0-9]+)?)(?P<unit>[kmg]?)(?:bit)?$", re.IGNORECASE)
-UNITS = ("", "k", "m", "g", "t")
+UNITS = ("", "k", "m", "g")
 PUBLISH = re.compile(
     r"^(?:(?P<ip>\[[0-9a-fA-F:.]+\]|[0-9]+(?:\.[0-9]+){3}):)?(?:(?P<host>[0-9]{0,5}):)?(?P<port>[0-9]{1,5})"
     r"(?:/(?P<protocol>[a-z]+))?$"
@@ -26,10 +26,10 @@ def pair(text: str, flag: str) -> tuple[str, str]:
 
 def size(text: str, flag: str) -> int:
     """Bytes; `512m` counts by 1024, as docker does."""
-    match = SIZE.fullmatch(text.strip())
-    if match is None:
-        raise BadInput(f"{flag} {text}", "a size is needed", "for example 512m or 2g")
-    return int(float(match["number"]) * 1024 ** UNITS.index(match["unit"].lower()))
+    try:
+        return spec_parts.size(text)
+    except ValueError:
+        raise BadInput(f"{flag} {text}", "a size is needed", "for example 512m or 2g") from None
 
 
 def rate(text: str, flag: str) -> int:

@@ -5,6 +5,8 @@ from typing import Any
 
 from rich.table import Table
 
+from worker.limits import in_words
+
 
 def table(*columns: str) -> Table:
     """A plain table, as `kubectl get` prints it."""
@@ -82,6 +84,7 @@ def details(row: dict[str, Any]) -> Table:
         "rootfs": row["image"],
         "command": " ".join(row["args"]),
         "labels": ", ".join(f"{name}={value}" for name, value in row["labels"].items()),
+        "limits": limits(row["limits"]),
         "ready": row["spec"].get("ready"),
         "created": row["created_at"],
         "running": row["running_at"],
@@ -110,6 +113,13 @@ def ports(published: list[dict[str, Any]]) -> str:
 
 def _links(links: list[dict[str, Any]]) -> str:
     return "; ".join(f"{one['if_name']} {', '.join(one['ips'])} ({one['network']})" for one in links)
+
+
+def limits(given: dict[str, Any]) -> str:
+    """`memory 512m, cpus 0.5, pids 100`: those that there are."""
+    shown = {"memory": given["memory_bytes"] and in_words(given["memory_bytes"])}
+    shown |= {"cpus": given["cpus"] and f"{given['cpus']:g}", "pids": given["pids"]}
+    return ", ".join(f"{name} {value}" for name, value in shown.items() if value)
 
 
 def age(stamp: str | None) -> str:

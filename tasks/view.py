@@ -7,6 +7,8 @@ from tasks.state import State
 from worker.attachments import attached
 from worker.journal import Journal
 
+LIMITS = ("memory_bytes", "cpus", "pids")
+
 
 def view(journal: Journal) -> tuple[State, dict[str, str]]:
     """What a journal says, as state and fields of a record."""
@@ -28,6 +30,9 @@ def view(journal: Journal) -> tuple[State, dict[str, str]]:
         fields["removed"] = "1"
     if facts.get("error"):
         fields["error"] = json.dumps(facts["error"])
+    fields["limits"] = json.dumps({name: getattr(journal.spec, name) for name in LIMITS})
+    if "oom" in facts:
+        fields["oom"] = "1" if facts["oom"] else "0"
     current = [run.name for run in journal.runs if run.verb == "do"]
     fields["stage"] = current[-1] if current else ""
     return _state(journal), fields
@@ -36,6 +41,7 @@ def view(journal: Journal) -> tuple[State, dict[str, str]]:
 def shape(raw: dict[str, str]) -> dict[str, Any]:
     """A record in the shape of `--json` of a sandbox (CLI.md)."""
     spec = json.loads(raw.get("spec") or "{}")
+    asked = {name: spec.get(name) for name in LIMITS}  # the host's own come with its first report
     networks = [one["name"] for one in spec.get("networks", [])]
     stages = [{"do|undo": run["verb"], **run} for run in json.loads(raw.get("stages") or "[]")]
     return {
@@ -57,9 +63,11 @@ def shape(raw: dict[str, str]) -> dict[str, Any]:
         "created_at": raw.get("created_at"),
         "running_at": raw.get("running_at"),
         "ended_at": raw.get("ended_at"),
+        "limits": {**asked, **json.loads(raw.get("limits") or "{}")},
         "exit_code": int(raw["exit_code"]) if raw.get("exit_code") else None,
         "reason": raw.get("reason"),
         "restarts": int(raw.get("restarts") or 0),
+        "oom": raw.get("oom") == "1",
         "error": json.loads(raw["error"]) if raw.get("error") else None,
         "log_until": raw.get("log_until"),
         "removed": raw.get("removed") == "1",

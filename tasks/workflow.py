@@ -23,9 +23,9 @@ from tasks.connection import connect
 from tasks.messages import Order, read_order
 from tasks.record import Record
 from tasks.state import State
-from worker import conmon, ends, logs, procs
+from worker import conmon, ends, limits, logs, procs
 from worker import journal as journals
-from worker.errors import Busy, JournalError, SandbatchError
+from worker.errors import BadInput, Busy, JournalError, SandbatchError
 from worker.journal import Journal
 from worker.keeper import hand_over
 from worker.launch import begin_waiting, end_waiting, finish, run_stage, undo_stage, want_end
@@ -104,9 +104,10 @@ def place(self: "Task[Any, Any]", message: dict[str, Any]) -> dict[str, str]:
         if spec.deadline_at is not None and datetime.fromisoformat(spec.deadline_at) <= datetime.now(UTC):
             _refuse(order, f"its deadline, {spec.deadline_at}, has passed before a host had room", "deadline")
             raise Ignore
+        spec = _limited(spec)
         sandboxes = settings().sandboxes_dir
         journals.create(sandboxes, order.container_id, attempt=order.attempt, batch=known[1], spec=spec)
-    except ValueError as error:
+    except (ValueError, BadInput) as error:
         _refuse(order, f"the host refuses the spec: {error}")
         raise
     except OSError as error:  # a full disk: what cannot be journaled is not begun
@@ -131,6 +132,21 @@ def place(self: "Task[Any, Any]", message: dict[str, Any]) -> dict[str, str]:
     if journal.final:
         _tell_end(journal)
     return {"host": host}
+
+
+def _limited(spec: Spec) -> Spec:
+    """The spec with this host's limits where it names none: what the journal has, and `show`.
+
+    Raises:
+        BadInput: Nothing can start with these limits, or this host cannot enforce them.
+    """
+    own = settings()
+    spec = limits.with_defaults(
+        spec, memory_bytes=own.default_memory, cpus=own.default_cpus, pids=own.default_pids
+    )
+    limits.check(spec)
+    limits.check_here(spec)
+    return spec
 
 
 def _refuse(order: Order, message: str, reason: str = "refused") -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from worker import limits
 from worker.errors import BadInput, SandbatchError
 from worker.mounts import lay_out
 from worker.rootfs import DEFAULT_PATH, host_mounts, host_path, resolve_rootfs
@@ -47,6 +48,7 @@ def make_config(
         raise BadInput(f"bind {error.filename}", "this user may not look at it", "run as root") from None
     rootfs = resolve_rootfs(spec.rootfs, settings, layout.points, build=build)
     path = host_path(settings) if is_host else DEFAULT_PATH
+    cgroup = limits.cgroup_of(spec, container_id, default_pids=settings.default_pids)
     env = {"PATH": path, "HOME": "/root" if is_host else "/", "HOSTNAME": container_id, **spec.env}
     return {
         "ociVersion": OCI_VERSION,
@@ -60,7 +62,10 @@ def make_config(
             "cwd": spec.cwd,
             "noNewPrivileges": True,
             "capabilities": {kind: list(CAPABILITIES) for kind in ("bounding", "effective", "permitted")},
-            "rlimits": [{"type": "RLIMIT_NOFILE", "soft": NOFILE, "hard": NOFILE}],
+            "rlimits": [
+                {"type": "RLIMIT_NOFILE", "soft": NOFILE, "hard": NOFILE},
+                *limits.rlimits(spec),
+            ],
         },
         "mounts": layout.mounts,
         "linux": {
@@ -68,6 +73,7 @@ def make_config(
                 *({"type": kind} for kind in ("pid", "ipc", "uts", "mount")),
                 {"type": "network", "path": str(netns_path)},
             ],
+            **({"cgroupsPath": cgroup, "resources": limits.resources(spec)} if cgroup else {}),
         },
     }
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from worker import conmon, procs
+from worker import conmon, limits, procs
 from worker.errors import RunscError
 from worker.journal import Journal, now
 from worker.launch import want_end
@@ -102,7 +102,8 @@ def note_end(settings: Settings, known: Journal, *, is_alive: bool) -> bool:
     code = conmon.exit_code(settings.exit_dir, known.container_id)
     if not known.is_up or (code is None and is_alive):
         return False
-    facts: dict[str, Any] = {"ended_at": _ended_at(settings, known), "exit_code": code}
+    oom = limits.was_oom_killed(known.container_id)
+    facts: dict[str, Any] = {"ended_at": _ended_at(settings, known), "exit_code": code, "oom": oom}
     if code is not None and not known.is_done("ready") and known.spec.ready == "none":
         # It was faster than the report that it runs.
         known.mark_done("ready", {"probe": "no probe asked for"})
@@ -114,21 +115,24 @@ def note_end(settings: Settings, known: Journal, *, is_alive: bool) -> bool:
     if stop is None and code != 0 and _may_restart(known):
         facts |= _restart(known)
     else:
-        facts |= _final(known, code, stop["reason"] if stop else "")
+        facts |= _final(known, code, stop["reason"] if stop else "", oom)
     if "ready" in known.begun and not known.is_done("ready"):
-        known.mark_failed("ready", _unready(code))
+        known.mark_failed("ready", _unready(known, code, oom))
     known.set_facts(**facts)
     return True
 
 
-def _final(known: Journal, code: int | None, reason: str) -> dict[str, Any]:
+def _final(known: Journal, code: int | None, reason: str, oom: bool) -> dict[str, Any]:
     if reason == "deadline":
         return {"wanted": "failed", "error": _deadline_error(known, "container")}
     if reason:
         return {"wanted": "exited"}
-    reason = "lost" if code is None else "exit"
+    is_oom = oom and code != 0  # the runsc of 2024 may lose one process to it, and go on
+    reason = "oom" if is_oom else "lost" if code is None else "exit"
     if not known.is_done("ready"):
-        error = {"stage": "ready", "message": _unready(code)}
+        error = {"stage": "ready", "message": _unready(known, code, oom)}
+    elif is_oom:
+        error = _error(limits.oom_words(known.spec))
     elif code is None:
         error = _error("the sandbox was killed from outside")
     else:
@@ -136,7 +140,9 @@ def _final(known: Journal, code: int | None, reason: str) -> dict[str, Any]:
     return {"wanted": "failed", "error": error, "reason": reason}
 
 
-def _unready(code: int | None) -> str:
+def _unready(known: Journal, code: int | None, oom: bool) -> str:
+    if oom and code != 0:
+        return f"{limits.oom_words(known.spec)}, before it was ready"
     how = "was killed from outside" if code is None else f"ended with exit code {code}"
     return f"it {how} before it was ready"
 

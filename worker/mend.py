@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from worker import bundle as oci
-from worker import cni_cache, conmon, journal, leftovers, logs, netns, ports, procs
+from worker import cni_cache, conmon, journal, leftovers, limits, logs, netns, ports, procs
 from worker.audit import ID_PART, Finding, audit, chain_names, half_written, ifb_name, lease_folder
 from worker.cni import Attachment, CniRuntime
 from worker.cni_cache import CacheEntry
@@ -184,6 +184,7 @@ class _Work:
         for place in (settings.run_dir, settings.sandboxes_dir):
             leftovers.unmount_below(place, container_id)
         conmon.end_container(self._runsc(), container_id, folder / "bundle", settings.exit_dir)
+        limits.remove_cgroups(container_id)
         _remove_bundle(folder / "bundle")
         if path.is_symlink():
             path.unlink()  # never through it: it may lead to the netns of another

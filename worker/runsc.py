@@ -35,6 +35,7 @@ class Runsc:
     hides_sysctl: bool
     run_dir: Path
     overlay: str = "none"  # of one sandbox: worker.overlay
+    has_cgroup: bool = False  # of one sandbox, whose `create` is to make it: worker.limits
 
     @classmethod
     def from_settings(cls, settings: Settings, hides_sysctl: bool) -> "Runsc":
@@ -67,7 +68,7 @@ class Runsc:
             f"--log={self.log}",
             "--log-format=json",
             "--systemd-cgroup=false",
-            "--ignore-cgroups",  # no limits yet, so no cgroup either: nothing to leave behind
+            *([] if self.has_cgroup else ["--ignore-cgroups"]),
             f"--overlay2={self.overlay}",  # the default keeps a filestore inside the rootfs, which is shared
         ]
 

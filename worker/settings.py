@@ -19,7 +19,9 @@ from pydantic_settings import (
 
 from worker import faults
 from worker.errors import BadInput
+from worker.limits import LEAST_CPUS, LEAST_MEMORY, in_words
 from worker.spec import host_name
+from worker.spec_parts import size
 
 DEFAULT_CONFIG = Path("/etc/sandbatch/sandbatch.toml")
 BROKER_SCHEMES = ("redis://", "rediss://", "redis+socket://", "unix://")
@@ -50,6 +52,9 @@ class Settings(BaseSettings):
     runsc_platform: str = Field("systrap", pattern="^(systrap|ptrace|kvm)$")
     runsc_network: str = Field("sandbox", pattern="^(sandbox|host|none)$")
     runsc_timeout_s: float = Field(30.0, gt=0, description="longest run of one runsc verb")
+    default_memory: int | None = Field(None, description="bytes, or such as 512m; 0 for no limit")
+    default_cpus: float | None = Field(None, ge=LEAST_CPUS)
+    default_pids: int | None = Field(1024, ge=1)
     rootfs_allow: tuple[Path, ...] = ()
     mount_allow: tuple[Path, ...] = ()
     publish_ports: str = Field(
@@ -68,6 +73,23 @@ class Settings(BaseSettings):
     log_max_bytes: int = Field(10 * 2**20, ge=2**16, le=2**40, description="of one sandbox's log")
     log_keep_s: float = Field(3600.0, ge=0, description="a log stays so long after its sandbox's end")
     logs_max_bytes: int = Field(2**30, ge=0, description="of all kept logs; the oldest go first")
+
+    @field_validator("default_memory", mode="before")
+    @classmethod
+    def _memory_may_have_a_unit(cls, value: Any) -> Any:
+        return size(value) if isinstance(value, str) else value
+
+    @field_validator("default_memory", "default_cpus", "default_pids", mode="before")
+    @classmethod
+    def _zero_is_no_limit(cls, value: Any) -> Any:
+        return None if value in (0, "0") else value
+
+    @field_validator("default_memory")
+    @classmethod
+    def _memory_suffices(cls, value: int | None) -> int | None:
+        if value is not None and value < LEAST_MEMORY:
+            raise ValueError(f"gVisor needs {in_words(LEAST_MEMORY)} at least")
+        return value
 
     @field_validator("host")
     @classmethod

@@ -21,6 +21,9 @@ EGRESS = re.compile(
 MOST_NETWORKS = 8
 KERNELS_OWN = ("proc", "sys", "dev")  # gVisor's own there; a mount over them would break the sandbox
 
+SIZE = re.compile(r"^(?P<number>[0-9]+(?:\.[0-9]+)?)(?P<unit>[kmgt]?)(?:i?b)?$", re.IGNORECASE)
+UNITS = ("", "k", "m", "g", "t")
+
 IpNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
@@ -31,6 +34,14 @@ def text(value: str) -> str:
     if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
         raise ValueError("it is no UTF-8")
     return value
+
+
+def size(value: str) -> int:
+    """Bytes; `512m` counts by 1024, as docker does."""
+    match = SIZE.fullmatch(value.strip())
+    if match is None:
+        raise ValueError("a size is needed, such as 512m or 2g")
+    return int(float(match["number"]) * 1024 ** UNITS.index(match["unit"].lower()))
 
 
 def clean_path(value: str) -> str:

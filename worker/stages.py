@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from worker import attachments, conmon, netns, ports
+from worker import attachments, conmon, limits, netns, ports
 from worker import bundle as oci
 from worker.cni import CniRuntime
+from worker.errors import RunscError
 from worker.journal import Journal, read_all
 from worker.overlay import check_overlay, make_overlay_folder, overlay_flag
 from worker.rootfs import generations, is_crowded, prune_host_rootfs
@@ -86,7 +87,7 @@ def make_bundle(host: Host, journal: Journal) -> dict[str, Any]:
     make_overlay_folder(journal.spec, journal.bundle, host.settings)
     if is_crowded(host.settings):
         prune_rootfs(host.settings)
-    return {"rootfs": config["root"]["path"]}
+    return {"rootfs": config["root"]["path"], "has_cgroup": "cgroupsPath" in config["linux"]}
 
 
 def prune_rootfs(settings: Settings) -> list[Path]:
@@ -112,19 +113,38 @@ def remove_bundle(host: Host, journal: Journal) -> None:
 
 
 def start_container(host: Host, journal: Journal) -> dict[str, Any]:
-    """conmon with `runsc create`, then `runsc start`."""
+    """conmon with `runsc create`, then `runsc start`.
+
+    Raises:
+        RunscError: runsc's words, or that the kernel killed it for want of memory.
+    """
     container_id, path = journal.container_id, netns.netns_path(journal.container_id)
-    runsc = replace(host.runsc, overlay=overlay_flag(journal.spec, journal.bundle, host.settings))
-    conmon.create(runsc, host.settings, container_id, journal.bundle, journal.log_path, path)
-    runsc.start(container_id, path)
+    runsc = replace(
+        host.runsc,
+        overlay=overlay_flag(journal.spec, journal.bundle, host.settings),
+        has_cgroup=bool(journal.data.get("bundle", {}).get("has_cgroup")),
+    )
+    try:
+        conmon.create(runsc, host.settings, container_id, journal.bundle, journal.log_path, path)
+        runsc.start(container_id, path)
+    except RunscError as error:
+        if limits.was_oom_killed(container_id):
+            raise RunscError(error.what, limits.oom_words(journal.spec), "give it more memory") from error
+        raise
     return {}
 
 
 def end_container(host: Host, journal: Journal) -> None:
     exit_code = conmon.exit_code(host.settings.exit_dir, journal.container_id)
+    facts: dict[str, Any] = {}
     if exit_code is not None and "exit_code" not in journal.facts:
-        journal.set_facts(exit_code=exit_code)  # it ended by itself: keep the code before the file goes
+        facts["exit_code"] = exit_code  # it ended by itself: keep the code before the file goes
+    if "oom" not in journal.facts and limits.was_oom_killed(journal.container_id):
+        facts["oom"] = True  # and this before the cgroup does
+    if facts:
+        journal.set_facts(**facts)
     conmon.end_container(host.runsc, journal.container_id, journal.bundle, host.settings.exit_dir)
+    limits.remove_cgroups(journal.container_id)
 
 
 def confirm_ready(host: Host, journal: Journal) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from worker import ends
+from worker import ends, limits
 from worker import journal as journals
 from worker.ends import Due
 from worker.journal import Journal
@@ -61,6 +61,32 @@ def test_who_ends_by_itself_is_exited_with_its_code(settings, running, code):
     assert (facts["wanted"], facts["exit_code"], facts["reason"]) == ("exited", code, "exit")
     written_at = (settings.exit_dir / CONTAINER_ID).stat().st_mtime
     assert abs(epoch(facts["ended_at"]) - written_at) < 0.01
+
+
+@pytest.mark.parametrize("code", [1, 137, None])
+def test_who_was_killed_for_want_of_memory_failed_of_that(settings, running, monkeypatch, code):
+    """The runsc of 2024 says 1 and the newer one 137; only the cgroup knows why."""
+    monkeypatch.setattr(limits, "was_oom_killed", lambda container_id: container_id == CONTAINER_ID)
+    known = running(memory_bytes=64 * 2**20)
+    assert ended(settings, known, code)
+    assert (known.facts["wanted"], known.facts["reason"], known.facts["oom"]) == ("failed", "oom", True)
+    assert known.facts["error"]["message"] == "oom: killed for want of memory; its limit is 64m"
+
+
+def test_who_lost_a_process_to_it_and_went_on_is_exited(settings, running, monkeypatch):
+    """With the runsc of 2024 the kernel may take one process of many; the fact is there all the same."""
+    monkeypatch.setattr(limits, "was_oom_killed", lambda container_id: True)
+    known = running(memory_bytes=64 * 2**20)
+    assert ended(settings, known, 0)
+    assert (known.facts["wanted"], known.facts["reason"], known.facts["oom"]) == ("exited", "exit", True)
+
+
+def test_who_dies_of_its_memory_may_be_started_anew(settings, running, monkeypatch):
+    monkeypatch.setattr(limits, "was_oom_killed", lambda container_id: True)
+    known = running(restart="on-failure:1")
+    assert ended(settings, known, 137)
+    assert not known.is_unwinding
+    assert known.facts["restart_at"]
 
 
 def test_an_end_is_noted_once(settings, running):

@@ -151,3 +151,24 @@ def test_no_error_shows_the_password_of_the_broker(file, text):
     words = refusal()
     assert "hunter2" not in words
     assert "setting" in words
+
+
+def test_limits_may_have_units_and_zero_is_none(monkeypatch):
+    """As docker has them on its command line."""
+    defaults = load_settings()
+    assert (defaults.default_memory, defaults.default_cpus, defaults.default_pids) == (None, None, 1024)
+    monkeypatch.setenv("SANDBATCH_DEFAULT_MEMORY", "512m")
+    monkeypatch.setenv("SANDBATCH_DEFAULT_CPUS", "0.5")
+    monkeypatch.setenv("SANDBATCH_DEFAULT_PIDS", "0")
+    settings = load_settings()
+    assert (settings.default_memory, settings.default_cpus, settings.default_pids) == (2**29, 0.5, None)
+
+
+def test_a_default_with_which_nothing_starts_is_refused(monkeypatch):
+    monkeypatch.setenv("SANDBATCH_DEFAULT_MEMORY", "8m")
+    assert "24m" in refusal()
+    monkeypatch.setenv("SANDBATCH_DEFAULT_MEMORY", "much")
+    assert "512m" in refusal()
+    monkeypatch.delenv("SANDBATCH_DEFAULT_MEMORY")
+    monkeypatch.setenv("SANDBATCH_DEFAULT_CPUS", "0.001")
+    assert "0.01" in refusal()
