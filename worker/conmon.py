@@ -19,7 +19,7 @@ from worker.settings import Settings
 
 PID_FILE, CONMON_PID_FILE, CONMON_OUTPUT = "pid", "conmon.pid", "conmon.err"
 # conmon's own files in the bundle folder: gone with the container, so that a new create finds none.
-OWN_FILES = (PID_FILE, CONMON_PID_FILE, CONMON_OUTPUT, "attach", "ctl", "winsz")
+OWN_FILES = (PID_FILE, CONMON_PID_FILE, CONMON_OUTPUT, "attach", "ctl", "winsz", "oom")
 FAREWELL_S = 2.0  # conmon has this long to write log and exit file after the sandbox's end
 TAIL_BYTES = 1 << 16
 LOG_LINE = re.compile(r"^\S+ (?:stdout|stderr) ([FP]) ?(.*)$", re.DOTALL)
@@ -159,6 +159,7 @@ def _spawn(argv: list[str], output: Path, deadline: float) -> bytes:
                     stderr=out,
                     env=clean_env() | {"_OCI_SYNCPIPE": str(writer)},
                     pass_fds=(writer,),
+                    cwd=output.parent,  # where conmon leaves a file `oom`
                     start_new_session=True,
                 )
         except FileNotFoundError as error:

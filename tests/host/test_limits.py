@@ -102,6 +102,7 @@ def test_an_endless_loop_is_held_to_its_share(clean_system: System) -> None:
 
 
 def test_who_eats_more_than_its_memory_ends_with_oom(clean_system: System) -> None:
+    assert not Path("oom").exists()
     (one,) = clean_system.run("--memory", "64m", "--", "python3", "-c", EATER)
     assert clean_system.wait([one], "terminal") == {one: "failed"}
     row = clean_system.show(one)
@@ -111,6 +112,7 @@ def test_who_eats_more_than_its_memory_ends_with_oom(clean_system: System) -> No
         "message": "oom: killed for want of memory; its limit is 64m",
     }
     assert folders(one) == []
+    assert not Path("oom").exists()  # conmon leaves one in its own working folder, not in the worker's
 
 
 def test_a_fork_bomb_is_held_to_its_pids_and_the_sandbox_answers(clean_system: System) -> None:
