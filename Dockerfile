@@ -25,6 +25,7 @@ RUN apt-get update \
       iproute2 \
       iptables \
       kmod \
+      nftables \
       python3 \
       runsc \
       tini \

@@ -73,7 +73,8 @@ def _launch_and_fetch(client: Client, ids: list[str]) -> int:
 
 
 def _times(rows: list[dict[str, Any]]) -> Any:
-    names = [stage.name for stage in STAGES]
+    seen = {run["name"] for row in rows for run in row["stages"]}
+    names = [stage.name for stage in STAGES if stage.name in seen]
     table = render.table("SANDBOX", *(f"{name} s" for name in names), "SUM s")
     for row in rows:
         seconds = {run["name"]: run["duration_s"] or 0.0 for run in row["stages"] if run["verb"] == "do"}

@@ -86,6 +86,8 @@ def details(row: dict[str, Any]) -> Table:
         "labels": ", ".join(f"{name}={value}" for name, value in row["labels"].items()),
         "limits": limits(row["limits"]),
         "ready": row["spec"].get("ready"),
+        "egress": _egress(row["spec"]),
+        "isolated": "yes" if row["spec"].get("isolate") else None,
         "created": row["created_at"],
         "running": row["running_at"],
         "ended": row["ended_at"],
@@ -120,6 +122,11 @@ def limits(given: dict[str, Any]) -> str:
     shown = {"memory": given["memory_bytes"] and in_words(given["memory_bytes"])}
     shown |= {"cpus": given["cpus"] and f"{given['cpus']:g}", "pids": given["pids"]}
     return ", ".join(f"{name} {value}" for name, value in shown.items() if value)
+
+
+def _egress(spec: dict[str, Any]) -> str | None:
+    rules = spec.get("egress")
+    return None if rules is None else ", ".join(rules) or "deny"
 
 
 def age(stamp: str | None) -> str:

@@ -106,14 +106,16 @@ def run(
         list[str] | None,
         typer.Option(
             metavar="deny|CIDR[:PORT][/udp]",
-            help="All that it may connect to; may be repeated.",
+            help="All that it may send to, but replies; may be repeated.",
             rich_help_panel=HELP_NETWORK,
         ),
     ] = None,
     isolate: Annotated[
         bool,
         typer.Option(
-            "--isolate", help="Apart from the others on its networks.", rich_help_panel=HELP_NETWORK
+            "--isolate",
+            help="Apart from the other sandboxes of its networks; the host stays in reach.",
+            rich_help_panel=HELP_NETWORK,
         ),
     ] = False,
     # -- files

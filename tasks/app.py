@@ -19,9 +19,10 @@ PRIORITY = {
     "ready": 1,
     "container": 2,
     "bundle": 3,
-    "network": 4,
-    "netns": 5,
-    "restart": 6,
+    "egress": 4,
+    "network": 5,
+    "netns": 6,
+    "restart": 7,
     "place": 9,
 }
 VISIBILITY_TIMEOUT_S = 600  # > 5 x the hard limit; recovery comes from reconcile, not from this

@@ -58,6 +58,8 @@ def shape(raw: dict[str, str]) -> dict[str, Any]:
         "ips": json.loads(raw.get("ips") or "[]"),
         "links": json.loads(raw.get("links") or "[]"),
         "publish": json.loads(raw.get("publish") or "[]"),
+        "egress": spec.get("egress"),  # null: no policy; an empty list: nothing is allowed
+        "isolate": spec.get("isolate", False),
         "image": spec.get("rootfs"),
         "args": spec.get("args", []),
         "created_at": raw.get("created_at"),

@@ -1,8 +1,8 @@
 """The Celery tasks of a host: one a stage, one an undo, each a thin skin on `worker.launch`.
 
-place ─▶ netns ─▶ network ─▶ bundle ─▶ container ┄ keeper ┄▶ ready ┄ keeper ┄▶ ended
-           │            restart: the same again, after the undos ◀────────────────┤
-           └──────── any failure: unwind ─▶ undo.container ─▶ undo.bundle ─▶ undo.network ─▶ undo.netns
+place ─▶ netns ─▶ network ─▶ egress ─▶ bundle ─▶ container ┄ keeper ┄▶ ready ┄ keeper ┄▶ ended
+       │            restart: the same again, after the undos ◀────────────────┤
+       └─ any failure: unwind ─▶ undo.container ─▶ undo.bundle ─▶ undo.egress ─▶ undo.network ─▶ undo.netns
 """
 
 import json

@@ -8,7 +8,7 @@ import pytest
 
 PLUGIN_DIRS = (Path("/opt/cni/bin"), Path("/usr/lib/cni"))
 PLUGINS = ("bridge", "host-local", "loopback")
-PROGRAMS = ("runsc", "conmon", "tini", "iptables-save", "nsenter", "setpriv", "ip")
+PROGRAMS = ("runsc", "conmon", "tini", "iptables-save", "nsenter", "setpriv", "ip", "nft")
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from typing import Any
 
 from pyroute2 import IPRoute
 
-from worker import attachments, cni_cache, journal, logs, netns, ports, process, procs
+from worker import attachments, cni_cache, egress_audit, journal, logs, netns, nft, ports, process, procs
 from worker.attachments import Attached
 from worker.capabilities import PORT_MAPPINGS
 from worker.cni_config import Network, list_networks, network_from_bytes
@@ -116,6 +116,7 @@ def _look(settings: Settings) -> set[Finding]:
     done = {known.container_id: known for known in journals}
     look.compare("netns", "netns", _netns(), {one: one for one in done})
     _network_objects(look, done)
+    _egress(look)
     _files(look, done)
     _processes(look)
     _mounts_and_cgroups(look)
@@ -306,6 +307,15 @@ def _chains(look: _Look, attached: dict[str, list[Attached]]) -> None:
         text = output("nft", "list", "table", "inet", MASQUERADE_TABLE)
         rules_of = {f"{MASQUERADE_TABLE} {one}": one for one in ID_PART.findall(text)}
         look.compare("nft rule", "network", rules_of)
+
+
+def _egress(look: _Look) -> None:
+    """A sandbox that runs without its policy is as bad as a rule that is left over."""
+    held = nft.held() if nft.is_here() else None
+    look.compare("egress", "egress", egress_audit.loaded(held) if held is not None else {})
+    due = [known for one, known in look.journals.items() if look.is_due(one, "egress")]
+    for container_id, why in egress_audit.missing(due, held).items():
+        look._add("egress", f"policy of {container_id}", "missing", container_id, why)
 
 
 def nat_programs() -> list[str]:

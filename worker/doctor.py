@@ -6,9 +6,10 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from worker import process
+from worker import nft, process
 from worker.cni import CniRuntime
 from worker.cni_config import find_network
+from worker.egress_rules import Link, load_text, ruleset
 from worker.errors import BadNetwork, HostNotReady, SandbatchError
 from worker.probe_runsc import probe
 from worker.runsc import find_binary
@@ -24,7 +25,13 @@ PROGRAMS = {
     "nsenter": "util-linux",
     "unshare": "util-linux",
 }
+# What only some specs need: a host without it refuses these, and works for all others.
+OPTIONAL = {"nft": "nftables"}
 PLUGINS = ("bridge", "host-local", "loopback")
+
+
+SAMPLE_ID = "sb-0000000000000000"
+SAMPLE_LINK = Link("eth0", "sbsample", "sbsample0", "02:00:00:00:00:01", ("192.0.2.2/24",), ("192.0.2.1/24",))
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,7 @@ def doctor(settings: Settings) -> list[Row]:
     """Look at everything that a host needs. Runs a sandbox with runsc, unless the same one passed before."""
     rows = [_root()]
     rows += [_program(name) for name in PROGRAMS]
+    rows.append(_nft())
     rows += list(_plugins(settings))
     rows += [_network(settings), _runsc(settings)]
     return rows
@@ -54,7 +62,7 @@ def check_host(settings: Settings) -> None:
         HostNotReady: The first thing that is lacking, as `doctor` says it.
     """
     for row in doctor(settings):
-        if not row.ok:
+        if not row.ok and row.name not in OPTIONAL:
             raise HostNotReady(row.name, row.found, row.mend)
 
 
@@ -70,6 +78,21 @@ def _program(name: str) -> Row:
     done = process.run([path, "--version"], timeout_s=10)
     version = re.search(r"\d+(?:\.\d+)+", done.stdout + done.stderr)
     return Row(name, path, version[0] if version else "", True, "")
+
+
+def _nft() -> Row:
+    """For --egress and --isolate; judged by rules that the kernel is asked to take, and that stay out."""
+    path = shutil.which("nft")
+    if path is None:
+        mend = f"for --egress and --isolate: {SETUP}, or apt-get install {OPTIONAL['nft']}"
+        return Row("nft", "not on the PATH", "", False, mend)
+    version = re.search(r"\d+(?:\.\d+)+", process.run([path, "--version"], timeout_s=10).stdout)
+    if os.geteuid() != 0:
+        return Row("nft", path, "", False, "cannot be judged without root")
+    words = nft.check(load_text(ruleset(SAMPLE_ID, (SAMPLE_LINK,), ["10.0.0.0/8:443"], True)))
+    mend = "for --egress and --isolate the kernel needs nf_tables for bridge and inet" if words else ""
+    found = f"{path}: {words}" if words else path
+    return Row("nft", found, version[0] if version else "", not words, mend)
 
 
 def _plugins(settings: Settings) -> Iterator[Row]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from worker import bundle as oci
-from worker import cni_cache, conmon, journal, leftovers, limits, logs, netns, ports, procs
+from worker import cni_cache, conmon, egress, journal, leftovers, limits, logs, netns, nft, ports, procs
 from worker.audit import ID_PART, Finding, audit, chain_names, half_written, ifb_name, lease_folder
 from worker.cni import Attachment, CniRuntime
 from worker.cni_cache import CacheEntry
@@ -62,6 +62,10 @@ def mend(settings: Settings) -> list[Outcome]:
     }
     for container_id in sorted(filter(CONTAINER_ID.fullmatch, orphans)):
         reasons[container_id] = work.mend_one(container_id)
+    if any(one.kind == "egress" for one in before):
+        reasons |= _load_policies(settings, {one.container_id for one in before if _is_open(one)})
+        if nft.is_here():
+            nft.drop_empty_tables()
     veths = {one.name for one in before if one.kind == "veth" and one.problem == "extra"}
     reasons |= work.remove_links(veths) if veths else {}
     return _outcomes(before, audit(settings), reasons)
@@ -81,7 +85,7 @@ def _key(finding: Finding) -> tuple[str, str, str]:
 def _reason(finding: Finding, reasons: dict[str, str]) -> str:
     known = reasons.get(finding.name) or reasons.get(finding.container_id)
     if finding.problem == "missing":
-        return MISSING
+        return (known if _is_open(finding) else None) or MISSING
     if finding.problem == "stuck":
         return known or WORKER_GOES_ON
     return known or NO_PROOF
@@ -118,6 +122,24 @@ def _finish_undos(settings: Settings) -> dict[str, str]:
             except (SandbatchError, OSError) as error:
                 reasons[known.container_id] = str(error)
         return reasons
+
+
+def _is_open(finding: Finding) -> bool:
+    """A sandbox without its egress policy: the one thing missing that can be brought back."""
+    return finding.kind == "egress" and finding.problem == "missing"
+
+
+def _load_policies(settings: Settings, container_ids: set[str]) -> dict[str, str]:
+    """Load again what somebody has taken away; returns why a policy cannot be loaded, by id."""
+    reasons = {}
+    for container_id in sorted(container_ids):
+        try:
+            with journal.locked(settings.sandboxes_dir, container_id) as known:
+                if known.is_done("egress") and not known.is_unwinding:
+                    egress.load(known)
+        except (SandbatchError, OSError) as error:
+            reasons[container_id] = str(error)
+    return reasons
 
 
 @contextlib.contextmanager
@@ -194,6 +216,8 @@ class _Work:
         if strangers := inhabitants(path):
             words = f"process {strangers[0]} lives in it, and is none of the sandbox's"
             raise SandbatchError(f"netns {container_id}", words, "end it, then mend again")
+        if nft.is_here():
+            egress.remove_by_id(container_id)
         self._detach(container_id)
         netns.delete_netns(container_id)
 

@@ -93,6 +93,13 @@ def keep_one_default_route(path: Path, if_names: Sequence[str]) -> None:
     _inside(path, lambda ipr: _keep_one_default_route(ipr, if_names))
 
 
+def addresses_in(path: Path) -> list[Any]:
+    """The addresses of the links of another netns, as pyroute2 has them."""
+    found: list[Any] = []
+    _inside(path, lambda ipr: found.extend(ipr.get_addr()))
+    return found
+
+
 @contextlib.contextmanager
 def world_put_back(path: Path, if_name: str, result: dict[str, Any]) -> Iterator[None]:
     """`put_world_back` for the time of a DEL: what was made for it and is left after it goes again.

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from worker import process
-from worker.doctor import PLUGINS, PROGRAMS
+from worker.doctor import OPTIONAL, PLUGINS, PROGRAMS
 from worker.errors import HostNotReady, SandbatchError
 from worker.probe_runsc import probe
 from worker.runsc import find_binary
@@ -59,7 +59,9 @@ def setup(settings: Settings, say: Say, *, dry_run: bool = False) -> bool:
 
 def missing_packages(settings: Settings) -> list[str]:
     """Debian packages of the programs and CNI plugins that are not there."""
-    packages = [package for program, package in PROGRAMS.items() if shutil.which(program) is None]
+    packages = [
+        package for program, package in (PROGRAMS | OPTIONAL).items() if shutil.which(program) is None
+    ]
     if any(not any((folder / name).is_file() for folder in settings.cni_paths) for name in PLUGINS):
         packages.append("containernetworking-plugins")
     return list(dict.fromkeys(packages))

@@ -1,6 +1,6 @@
 """The life of a sandbox as one table: each stage with its `do` and its `undo`.
 
-    netns ──▶ network ──▶ bundle ──▶ container ──▶ ready ──▶ running
+    netns ──▶ network ──▶ egress ──▶ bundle ──▶ container ──▶ ready ──▶ running
 
 An undo is safe to repeat and safe after a half-done `do`; `worker.launch` runs the table.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from worker import attachments, conmon, limits, netns, ports
+from worker import attachments, conmon, egress, limits, netns, ports
 from worker import bundle as oci
 from worker.cni import CniRuntime
 from worker.errors import RunscError
@@ -72,6 +72,25 @@ def detach(host: Host, journal: Journal) -> None:
     for one in reversed(attachments.planned(journal)):
         host.cni.cni_del(one.network, one.attachment)
     ports.release(host.settings, journal.container_id)
+
+
+def check_host(host: Host, journal: Journal) -> dict[str, Any]:
+    """What this host cannot do is refused before anything is made."""
+    egress.check_possible(journal.spec, host.conf_dirs)
+    return {}
+
+
+def find_links(host: Host, journal: Journal) -> dict[str, Any]:
+    return egress.intend(journal)
+
+
+def load_egress(host: Host, journal: Journal) -> dict[str, Any]:
+    """The policy, before anything runs in the netns: there is no moment without it."""
+    return egress.load(journal)
+
+
+def unload_egress(host: Host, journal: Journal) -> None:
+    egress.unload(journal)
 
 
 def plan_bundle(host: Host, journal: Journal) -> dict[str, Any]:
@@ -178,8 +197,9 @@ class Stage:
 
 
 STAGES = (
-    Stage("netns", do=create_netns, undo=delete_netns),
+    Stage("netns", do=create_netns, undo=delete_netns, intend=check_host),
     Stage("network", do=attach, undo=detach, intend=choose_networks),
+    Stage("egress", do=load_egress, undo=unload_egress, intend=find_links, applies=egress.is_wanted),
     Stage("bundle", do=make_bundle, undo=remove_bundle, intend=plan_bundle),
     Stage("container", do=start_container, undo=end_container),
     Stage("ready", do=confirm_ready, undo=nothing),

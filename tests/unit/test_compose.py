@@ -300,7 +300,13 @@ def test_the_image_has_what_doctor_asks_for(dockerfile: list[tuple[str, str]]) -
     """Every program's package, the CNI plugins, runsc, and python3 for sandboxes of rootfs `host`."""
     run = next(rest for name, rest in last_stage(dockerfile) if name == "RUN")
     packages = run.partition("install -y --no-install-recommends ")[2].partition("&&")[0].split()
-    wanted = {*doctor.PROGRAMS.values(), "containernetworking-plugins", "runsc", "python3"}
+    wanted = {
+        *doctor.PROGRAMS.values(),
+        *doctor.OPTIONAL.values(),
+        "containernetworking-plugins",
+        "runsc",
+        "python3",
+    }
     assert wanted <= set(packages)
 
 
