@@ -103,6 +103,23 @@ class CniRuntime:
             )
         return result
 
+    def add_calls(self, network: Network, attachment: Attachment, prev_result: Any) -> list[dict[str, Any]]:
+        """What `cni_add` would run, one call a plugin; `prev_result` stands for what nobody can know yet.
+
+        Of the environment only CNI's variables: the rest is the worker's own.
+        """
+        _check_names(attachment)
+        env = self._environment("ADD", attachment, None)
+        return [
+            {
+                "command": "ADD",
+                "plugin": plugin["type"],
+                "env": {name: value for name, value in env.items() if name.startswith("CNI_")},
+                "stdin": _stdin(network, plugin, attachment, prev_result if number else None),
+            }
+            for number, plugin in enumerate(network.plugins)
+        ]
+
     def cni_del(self, network: Network, attachment: Attachment) -> None:
         """Detach. Safe to repeat, and after a failed or half-done ADD.
 

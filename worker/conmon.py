@@ -44,10 +44,7 @@ def create(
     for folder in (log_path.parent, exit_dir):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     _cut_log(log_path, settings.log_max_bytes)
-    argv = [
-        *_conmon_argv(runsc, container_id, bundle_dir, log_path, exit_dir, netns_path),
-        f"--log-size-max={settings.log_max_bytes}",
-    ]
+    argv = create_argv(runsc, settings, container_id, bundle_dir, log_path, netns_path)
     deadline = time.monotonic() + runsc.timeout_s
     try:
         answer = _spawn(faults.program("conmon.create", argv), bundle_dir / CONMON_OUTPUT, deadline)
@@ -56,6 +53,37 @@ def create(
         end_container(runsc, container_id, bundle_dir, exit_dir)
         raise
     _check_answer(runsc, container_id, answer, bundle_dir / CONMON_OUTPUT)
+
+
+def create_argv(
+    runsc: Runsc, settings: Settings, container_id: str, bundle_dir: Path, log_path: Path, netns_path: Path
+) -> list[str]:
+    """What `create` runs."""
+    return [
+        *("conmon", "--api-version", "1"),
+        *("-c", container_id, "-u", container_id, "-n", container_id),
+        *("-r", str(runsc.binary)),
+        *(f"--runtime-arg={arg}" for arg in runsc.create_args(netns_path)),
+        *("-b", str(bundle_dir)),
+        *("-p", str(bundle_dir / PID_FILE), "--conmon-pidfile", str(bundle_dir / CONMON_PID_FILE)),
+        *("--exit-dir", str(settings.exit_dir), "-l", f"k8s-file:{log_path}", "--log-level", "warning"),
+        "--full-attach",  # the attach socket lies in the bundle, not in a folder of conmon's choice
+        f"--log-size-max={settings.log_max_bytes}",
+        "--no-sync-log",  # an fsync for every end; logs need not outlive a power cut
+    ]
+
+
+def _cut_log(log_path: Path, limit_bytes: int) -> None:
+    """Begin a full log anew: conmon appends, and counts only what it writes itself.
+
+    At its limit conmon puts an empty file in the log's place and goes on there, so that a log never
+    holds more than the limit; with the rest of an earlier start it holds less than twice as much.
+    """
+    try:
+        if log_path.stat().st_size >= limit_bytes:
+            log_path.unlink()
+    except FileNotFoundError:
+        pass  # the first start
 
 
 def end_container(runsc: Runsc, container_id: str, bundle_dir: Path, exit_dir: Path) -> None:
@@ -111,35 +139,6 @@ def tail_log(log_path: Path, lines: int = 5) -> str:
             joined.append(match[2])
         is_partial = match[1] == "P"
     return "\n".join(joined[-lines:])
-
-
-def _conmon_argv(
-    runsc: Runsc, container_id: str, bundle_dir: Path, log_path: Path, exit_dir: Path, netns_path: Path
-) -> list[str]:
-    return [
-        *("conmon", "--api-version", "1"),
-        *("-c", container_id, "-u", container_id, "-n", container_id),
-        *("-r", str(runsc.binary)),
-        *(f"--runtime-arg={arg}" for arg in runsc.create_args(netns_path)),
-        *("-b", str(bundle_dir)),
-        *("-p", str(bundle_dir / PID_FILE), "--conmon-pidfile", str(bundle_dir / CONMON_PID_FILE)),
-        *("--exit-dir", str(exit_dir), "-l", f"k8s-file:{log_path}", "--log-level", "warning"),
-        "--full-attach",  # the attach socket lies in the bundle, not in a folder of conmon's choice
-        "--no-sync-log",  # an fsync for every end; logs need not outlive a power cut
-    ]
-
-
-def _cut_log(log_path: Path, limit_bytes: int) -> None:
-    """Begin a full log anew: conmon appends, and counts only what it writes itself.
-
-    At its limit conmon puts an empty file in the log's place and goes on there, so that a log never
-    holds more than the limit; with the rest of an earlier start it holds less than twice as much.
-    """
-    try:
-        if log_path.stat().st_size >= limit_bytes:
-            log_path.unlink()
-    except FileNotFoundError:
-        pass  # the first start
 
 
 def _spawn(argv: list[str], output: Path, deadline: float) -> bytes:

@@ -5,7 +5,6 @@ would share it (measured with the 2024 and 2026 ones). So every mount point must
 in the generated root by a generation that has it, in a folder of the user's by the user.
 """
 
-import os
 import shlex
 import stat
 from collections.abc import Iterable, Mapping
@@ -14,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from worker.errors import BadInput
+from worker.mounted import mount_lines
 from worker.rootfs import check_cwd, host_tree, resolve_rootfs
 from worker.settings import Settings
 from worker.spec import Spec
@@ -69,10 +69,8 @@ def lay_out(spec: Spec, own: Iterable[dict[str, Any]], settings: Settings) -> La
 def check_source(source: str, settings: Settings) -> Path:
     """The folder or file itself, symlinks followed, if it may be bound.
 
-    What is bound is this path, not the one that was asked for, so that the spec's own symlinks are
-    looked at once. Between this look and runsc's mount, milliseconds later, somebody who may write
-    to the allowed folder *on the host* could still put a symlink in place of a part of the path;
-    a sandbox cannot, since every bind is read-only. So allow folders that only trusted users write to.
+    What is bound is this path, not the one that was asked for; `worker.mounted` sees to it that
+    it was still this one when runsc mounted it.
 
     Raises:
         BadInput: It is not below an allowed folder, is no folder or file, or is sandbatch's own.
@@ -117,11 +115,8 @@ def _oci(mount: Mount, settings: Settings) -> dict[str, Any]:
 
 def _mounted_below(folder: Path) -> str:
     """A mount point below a folder, or nothing."""
-    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
-        point = Path(os.fsdecode(line.split(b" ")[4].decode("unicode_escape").encode("latin-1")))
-        if folder in point.parents:
-            return str(point)
-    return ""
+    points = (one.point for one in mount_lines(Path("/proc/self/mountinfo")))
+    return next((str(point) for point in points if PurePosixPath(folder) in point.parents), "")
 
 
 def _check_way(tree: Tree, target: str) -> None:

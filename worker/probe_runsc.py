@@ -57,6 +57,16 @@ def probe(settings: Settings) -> RunscProbe:
     return known
 
 
+def remembered(settings: Settings) -> RunscProbe | None:
+    """What a probe of the same file and kernel found; None if none has run. Runs nothing.
+
+    Raises:
+        HostNotReady: There is no runsc.
+    """
+    key = _key(Runsc.from_settings(settings, hides_sysctl=False))
+    return _load(settings.state_dir / "runsc-probe.json", key)
+
+
 @contextmanager
 def _only_probe(settings: Settings) -> Iterator[None]:
     settings.run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)

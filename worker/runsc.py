@@ -94,18 +94,23 @@ class Runsc:
         except FileNotFoundError:
             pass  # no error yet, or another process has just set it aside
 
+    def start_argv(self, container_id: str, netns_path: Path) -> list[str]:
+        """What `start` runs."""
+        argv = [str(self.binary), *self.global_args(), "start", container_id]
+        if self.hides_sysctl:
+            env = ["env", f"NETNS={netns_path}", f"EMPTY={self._empty_dir}"]
+            hidden = ["unshare", "--mount", "--propagation", "slave", "sh", "-c", HIDE_SYSCTL, "sh"]
+            return [*env, *hidden, *argv]
+        return argv
+
     def start(self, container_id: str, netns_path: Path) -> None:
         """Start the command of a created container.
 
         Raises:
             RunscError: runsc's own words, such as `error finding executable "nope" in PATH`.
         """
-        argv = [str(self.binary), *self.global_args(), "start", container_id]
-        env = clean_env()
-        if self.hides_sysctl:
-            env |= {"NETNS": str(netns_path), "EMPTY": str(self._empty_dir)}
-            argv = ["unshare", "--mount", "--propagation", "slave", "sh", "-c", HIDE_SYSCTL, "sh", *argv]
-        done = process.run(argv, timeout_s=self.timeout_s, env=env, point="runsc.start")
+        argv = self.start_argv(container_id, netns_path)
+        done = process.run(argv, timeout_s=self.timeout_s, env=clean_env(), point="runsc.start")
         self._check("start", container_id, done)
 
     def state(self, container_id: str) -> dict[str, Any] | None:

@@ -5,6 +5,7 @@
 An undo is safe to repeat and safe after a half-done `do`; `worker.launch` runs the table.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from worker import bundle as oci
 from worker.cni import CniRuntime
 from worker.errors import RunscError
 from worker.journal import Journal, read_all
+from worker.mounted import confirm_binds
 from worker.overlay import check_overlay, make_overlay_folder, overlay_flag
 from worker.rootfs import generations, is_crowded, prune_host_rootfs
 from worker.runsc import Runsc
@@ -96,12 +98,12 @@ def unload_egress(host: Host, journal: Journal) -> None:
 def plan_bundle(host: Host, journal: Journal) -> dict[str, Any]:
     """Which rootfs it will have: nobody may prune that from now on."""
     check_overlay(journal.spec, host.runsc)
-    return {"rootfs": _config(host, journal, build=False)["root"]["path"]}
+    return {"rootfs": config_of(host, journal, build=False)["root"]["path"]}
 
 
 def make_bundle(host: Host, journal: Journal) -> dict[str, Any]:
     """config.json; its rootfs, where that is not made yet; the folder of a writable root on disk."""
-    config = _config(host, journal, build=True)
+    config = config_of(host, journal, build=True)
     oci.write_bundle(journal.bundle, config)
     make_overlay_folder(journal.spec, journal.bundle, host.settings)
     if is_crowded(host.settings):
@@ -122,7 +124,7 @@ def prune_rootfs(settings: Settings) -> list[Path]:
     return prune_host_rootfs(settings, in_use)
 
 
-def _config(host: Host, journal: Journal, *, build: bool) -> dict[str, Any]:
+def config_of(host: Host, journal: Journal, *, build: bool) -> dict[str, Any]:
     path = netns.netns_path(journal.container_id)
     return oci.make_config(journal.spec, journal.container_id, path, host.settings, build=build)
 
@@ -138,19 +140,33 @@ def start_container(host: Host, journal: Journal) -> dict[str, Any]:
         RunscError: runsc's words, or that the kernel killed it for want of memory.
     """
     container_id, path = journal.container_id, netns.netns_path(journal.container_id)
-    runsc = replace(
-        host.runsc,
-        overlay=overlay_flag(journal.spec, journal.bundle, host.settings),
-        has_cgroup=bool(journal.data.get("bundle", {}).get("has_cgroup")),
-    )
+    runsc = runsc_of(host, journal)
     try:
         conmon.create(runsc, host.settings, container_id, journal.bundle, journal.log_path, path)
+        _confirm_binds(host, journal)
         runsc.start(container_id, path)
     except RunscError as error:
         if limits.was_oom_killed(container_id):
             raise RunscError(error.what, limits.oom_words(journal.spec), "give it more memory") from error
         raise
     return {}
+
+
+def _confirm_binds(host: Host, journal: Journal) -> None:
+    asked = {one.target for one in journal.spec.mounts if one.type == "bind"}
+    if asked:
+        mounts = json.loads((journal.bundle / "config.json").read_text())["mounts"]
+        binds = {one["destination"]: one["source"] for one in mounts if one["destination"] in asked}
+        confirm_binds(host.settings.runsc_root, journal.container_id, binds)
+
+
+def runsc_of(host: Host, journal: Journal) -> Runsc:
+    """The host's runsc with the flags that this sandbox needs."""
+    return replace(
+        host.runsc,
+        overlay=overlay_flag(journal.spec, journal.bundle, host.settings),
+        has_cgroup=bool(journal.data.get("bundle", {}).get("has_cgroup")),
+    )
 
 
 def end_container(host: Host, journal: Journal) -> None:

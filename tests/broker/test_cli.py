@@ -181,6 +181,16 @@ def test_elsewhere_the_hosts_say_which_folders_they_allow(cli, heartbeat, record
     assert cli("run", "--rootfs", "/srv/roots/a", "--", "true").returncode == 0
 
 
+def test_elsewhere_the_hosts_say_what_may_be_bound(cli, heartbeat, record):
+    """A path of theirs is looked at by them alone: it is not there on a laptop."""
+    heartbeat("there", boot_id="of another machine", mount_allow=["/srv/data"])
+    for source, words in {"/srv/dataX": "allowed: /srv/data\n", "/srv/data/../x": "without '..'"}.items():
+        done = cli("run", "-v", f"{source}:/data", "--", "true")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert words in done.stderr
+    assert cli("run", "-v", "/srv/data/a:/data", "--", "true").returncode == 0
+
+
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [

@@ -20,7 +20,8 @@ import pytest
 
 from tests.host.machine import copy_program
 from worker import bundle, conmon, procs, rootfs
-from worker.errors import ProcessTimeout, RunscError
+from worker.errors import ProcessTimeout, RunscError, SandbatchError
+from worker.mounted import confirm_binds
 from worker.probe_runsc import probe
 from worker.runsc import Runsc
 from worker.settings import Settings
@@ -226,6 +227,26 @@ def test_a_users_rootfs_without_mount_points_works_and_is_not_written_to(make_sa
     assert sandbox.log() == "fine"
     sandbox.end()
     assert sorted(root.rglob("*")) == before
+
+
+def test_what_is_swapped_between_the_look_and_the_mount_is_seen(make_sandbox, tmp_path):
+    """By somebody who may write to an allowed folder on the host: runsc follows the link."""
+    sandbox, swapped = make_sandbox(), make_sandbox()
+    (tmp_path / "a b/data").mkdir(parents=True)
+    source = tmp_path / "a b/data"
+    mounts = [{"type": "bind", "source": str(source), "target": "/data"}]
+    for one in (sandbox, swapped):
+        one.settings = one.settings.model_copy(update={"mount_allow": (tmp_path,)})
+        one.prepare(args=["ls", "/data"], mounts=mounts)
+    sandbox.create()
+    confirm_binds(sandbox.runsc.root, sandbox.container_id, {"/data": str(source)})
+    source.rename(tmp_path / "aside")
+    source.symlink_to("/etc")
+    swapped.create()
+    with pytest.raises(SandbatchError, match="/etc was in its place"):
+        confirm_binds(swapped.runsc.root, swapped.container_id, {"/data": str(source)})
+    with pytest.raises(SandbatchError, match="not mounted it at /other"):
+        confirm_binds(swapped.runsc.root, swapped.container_id, {"/other": str(source)})
 
 
 def test_python_outside_of_usr_is_bound_and_runs(make_sandbox, monkeypatch):

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from worker import rootfs
+from worker import journal, rootfs, stages
 from worker.bundle import make_config, own_mounts
 from worker.errors import BadInput
 from worker.mounts import check_source, lay_out
 from worker.settings import Settings
-from worker.spec import make_spec
+from worker.spec import make_spec, new_container_id
 from worker.tree import Tree
 
 
@@ -200,3 +200,23 @@ def test_a_config_that_is_only_looked_at_makes_nothing(settings, tmp_path):
     assert not (tmp_path / "state").exists()
     assert make_config(spec, "sb-0", Path("/netns"), settings) == looked
     assert Path(looked["root"]["path"], "data").is_dir()
+
+
+def test_a_root_that_a_journal_has_is_not_pruned(settings):
+    """From the intent on: the folder is looked for, and used, after that."""
+    kept, gone = (rootfs.host_rootfs(settings, {name: "dir"}) for name in ("kept", "gone"))
+    spec = make_spec(args=["true"])
+    known = journal.create(settings.sandboxes_dir, new_container_id(), attempt=1, batch="b", spec=spec)
+    known.mark_begun("bundle", {"rootfs": str(kept)})
+    assert stages.prune_rootfs(settings) == [gone]
+    known.mark_undone("bundle")
+    assert stages.prune_rootfs(settings) == [kept]
+
+
+def test_nothing_is_pruned_while_a_journal_cannot_be_read(settings):
+    """Its sandbox may run on a root of which nobody else knows."""
+    rootfs.host_rootfs(settings, {"somebodys": "dir"})
+    folder = settings.sandboxes_dir / new_container_id()
+    folder.mkdir(parents=True)
+    (folder / journal.FILE).touch()
+    assert stages.prune_rootfs(settings) == []
