@@ -3,6 +3,8 @@
 import time
 from typing import Any
 
+import pytest
+
 from tests.host.system import System
 
 STUBBORN = ("--", "sh", "-c", "trap '' TERM; echo up; while :; do sleep 0.1; done")
@@ -138,3 +140,26 @@ def test_one_with_rm_is_forgotten_once_it_has_ended(clean_system: System) -> Non
     clean_system.wait([one], "terminal")
     assert clean_system.show(one)["removed"]
     assert one not in clean_system.cli("ls").stdout
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        "message.ended.run.before",
+        "message.ended.run.after",
+        "message.restart.run.before",
+        "journal.attempt.after",
+    ],
+)
+def test_a_worker_killed_while_it_notes_an_end_loses_none_and_starts_none_twice(
+    make_system: Any, point: str
+) -> None:
+    system = make_system(SANDBATCH_ALLOW_FAULTS="1")
+    system.start(SANDBATCH_FAULTS=f"{point}:kill:1")
+    (one,) = system.run("--restart", "on-failure:1", "--", "sh", "-c", "exit 5")
+    system.wait_for_end()
+    system.start()
+    assert system.wait([one], "terminal") == {one: "exited"}
+    row = system.show(one)
+    assert (row["exit_code"], row["reason"], row["restarts"]) == (5, "exit", 1)
+    assert system.audit() == []
