@@ -7,6 +7,7 @@ import typer
 from cli import parse
 from cli.client import Client, shown
 from cli.output import errors_for_humans, out, print_json, say
+from cli.plan import print_plan
 from cli.waiting import tell_failures, wait_for
 from tasks.state import State
 from worker.settings import load_settings
@@ -146,6 +147,12 @@ def run(
             rich_help_panel=HELP_FILES,
         ),
     ] = "no",
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="On the host: print what a launch would hand to runsc, CNI and nft, do nothing."
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document, for programs.")] = False,
 ) -> None:
     """Enqueue sandboxes and print their ids, one a line."""
@@ -182,6 +189,12 @@ def run(
             mounts=[*(parse.bind(one) for one in volume or []), *(parse.tmpfs(one) for one in tmpfs or [])],
             **parse.writable(writable),
         )
+        if dry_run:
+            from worker import dryrun  # with it comes the whole host, which slows every other run down
+
+            found = dryrun.dry_run(spec, settings)
+            (print_json if as_json else print_plan)(found)
+            raise typer.Exit
         client = Client(settings)
         client.validate(spec)
         batch, ids = submit(client.app(), client.record, settings, [spec] * count, batch=batch_name)

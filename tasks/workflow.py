@@ -23,12 +23,20 @@ from tasks.connection import connect
 from tasks.messages import Order, read_order
 from tasks.record import Record
 from tasks.state import State
-from worker import conmon, ends, limits, logs, procs
+from worker import conmon, ends, logs, procs
 from worker import journal as journals
 from worker.errors import BadInput, Busy, JournalError, SandbatchError
 from worker.journal import Journal
 from worker.keeper import hand_over
-from worker.launch import begin_waiting, end_waiting, finish, run_stage, undo_stage, want_end
+from worker.launch import (
+    begin_waiting,
+    end_waiting,
+    finish,
+    run_stage,
+    undo_stage,
+    want_end,
+    with_host_limits,
+)
 from worker.probe_runsc import probe
 from worker.spec import Spec
 from worker.stages import STAGE, STAGES, Host, make_host, stages_of
@@ -104,7 +112,7 @@ def place(self: "Task[Any, Any]", message: dict[str, Any]) -> dict[str, str]:
         if spec.deadline_at is not None and datetime.fromisoformat(spec.deadline_at) <= datetime.now(UTC):
             _refuse(order, f"its deadline, {spec.deadline_at}, has passed before a host had room", "deadline")
             raise Ignore
-        spec = _limited(spec)
+        spec = with_host_limits(spec, settings())
         sandboxes = settings().sandboxes_dir
         journals.create(sandboxes, order.container_id, attempt=order.attempt, batch=known[1], spec=spec)
     except (ValueError, BadInput) as error:
@@ -132,21 +140,6 @@ def place(self: "Task[Any, Any]", message: dict[str, Any]) -> dict[str, str]:
     if journal.final:
         _tell_end(journal)
     return {"host": host}
-
-
-def _limited(spec: Spec) -> Spec:
-    """The spec with this host's limits where it names none: what the journal has, and `show`.
-
-    Raises:
-        BadInput: Nothing can start with these limits, or this host cannot enforce them.
-    """
-    own = settings()
-    spec = limits.with_defaults(
-        spec, memory_bytes=own.default_memory, cpus=own.default_cpus, pids=own.default_pids
-    )
-    limits.check(spec)
-    limits.check_here(spec)
-    return spec
 
 
 def _refuse(order: Order, message: str, reason: str = "refused") -> None:

@@ -2,12 +2,28 @@
 
 from contextlib import suppress
 
-from worker import faults
+from worker import faults, limits
 from worker.errors import NotReady, SandbatchError
 from worker.journal import Journal
+from worker.settings import Settings
+from worker.spec import Spec
 from worker.stages import STAGE, STAGES, Host, Stage
 
 TERMINAL = ("exited", "failed", "cancelled")
+
+
+def with_host_limits(spec: Spec, settings: Settings) -> Spec:
+    """The spec with this host's limits where it names none: what the journal has, and `show`.
+
+    Raises:
+        BadInput: Nothing can start with these limits, or this host cannot enforce them.
+    """
+    spec = limits.with_defaults(
+        spec, memory_bytes=settings.default_memory, cpus=settings.default_cpus, pids=settings.default_pids
+    )
+    limits.check(spec)
+    limits.check_here(spec)
+    return spec
 
 
 def run_stage(host: Host, journal: Journal, name: str) -> bool:

@@ -108,6 +108,11 @@ def make_bundle(host: Host, journal: Journal) -> dict[str, Any]:
     make_overlay_folder(journal.spec, journal.bundle, host.settings)
     if is_crowded(host.settings):
         prune_rootfs(host.settings)
+    return bundle_data(config)
+
+
+def bundle_data(config: dict[str, Any]) -> dict[str, Any]:
+    """What the stage container and a pruner of rootfs must know of a bundle."""
     return {"rootfs": config["root"]["path"], "has_cgroup": "cgroupsPath" in config["linux"]}
 
 
