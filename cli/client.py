@@ -15,7 +15,7 @@ from tasks.app import make_app
 from tasks.connection import check, connect
 from tasks.record import Record
 from tasks.state import TERMINAL, State
-from worker import capabilities, limits
+from worker import capabilities, limits, names
 from worker.bundle import own_mounts
 from worker.cni_config import find_network
 from worker.errors import BadInput, BadNetwork, HostNotReady
@@ -121,6 +121,7 @@ class Client:
             capabilities.check(spec, {name: capabilities.advertised(one) for name, one in found.items()})
         with suppress(PermissionError):  # of this user; the host's worker is root and looks again
             lay_out(spec, own_mounts(spec, self.settings), self.settings)
+            names.check(spec, self.settings)
         with suppress(HostNotReady):  # which sandbatch hosts says better
             check_overlay(spec, Runsc.from_settings(self.settings, hides_sysctl=False))
         limits.check_here(spec)

@@ -81,6 +81,7 @@ def details(row: dict[str, Any]) -> Table:
         "network": ", ".join(row["networks"]),
         "ip": ", ".join(row["ips"]) if len(row["links"]) < 2 else _links(row["links"]),
         "published": ports(row["publish"]),
+        "notes": "; ".join(row["notes"]),
         "rootfs": row["image"],
         "command": " ".join(row["args"]),
         "labels": ", ".join(f"{name}={value}" for name, value in row["labels"].items()),

@@ -22,6 +22,8 @@ def view(journal: Journal) -> tuple[State, dict[str, str]]:
     links = [{"if_name": one.if_name, "network": one.network, "ips": one.ips} for one in attached(journal)]
     if links:
         fields["links"] = json.dumps(links)
+    if notes := journal.data.get("bundle", {}).get("notes"):
+        fields["notes"] = json.dumps(notes)
     is_over = journal.is_unwinding or bool(facts.get("restart_at"))
     for name in ("exit_code", "running_at", "ended_at", "reason", "restarts", "log_until"):
         if facts.get(name) is not None and (name != "ended_at" or is_over):
@@ -60,6 +62,7 @@ def shape(raw: dict[str, str]) -> dict[str, Any]:
         "publish": json.loads(raw.get("publish") or "[]"),
         "egress": spec.get("egress"),  # null: no policy; an empty list: nothing is allowed
         "isolate": spec.get("isolate", False),
+        "notes": json.loads(raw.get("notes") or "[]"),
         "image": spec.get("rootfs"),
         "args": spec.get("args", []),
         "created_at": raw.get("created_at"),

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from worker import attachments, conmon, egress, limits, netns, ports
+from worker import attachments, conmon, egress, limits, names, netns, ports
 from worker import bundle as oci
 from worker.cni import CniRuntime
 from worker.errors import RunscError
@@ -102,13 +102,14 @@ def plan_bundle(host: Host, journal: Journal) -> dict[str, Any]:
 
 
 def make_bundle(host: Host, journal: Journal) -> dict[str, Any]:
-    """config.json; its rootfs, where that is not made yet; the folder of a writable root on disk."""
-    config = config_of(host, journal, build=True)
+    """config.json; the files of names; the rootfs, where it is not made yet, and a writable root's folder."""
+    config, own = config_of(host, journal, build=True), _names(host, journal)
     oci.write_bundle(journal.bundle, config)
+    names.write(journal.bundle, own)
     make_overlay_folder(journal.spec, journal.bundle, host.settings)
     if is_crowded(host.settings):
         prune_rootfs(host.settings)
-    return bundle_data(config)
+    return {**bundle_data(config), "notes": own.notes}
 
 
 def bundle_data(config: dict[str, Any]) -> dict[str, Any]:
@@ -131,7 +132,13 @@ def prune_rootfs(settings: Settings) -> list[Path]:
 
 def config_of(host: Host, journal: Journal, *, build: bool) -> dict[str, Any]:
     path = netns.netns_path(journal.container_id)
-    return oci.make_config(journal.spec, journal.container_id, path, host.settings, build=build)
+    config = oci.make_config(journal.spec, journal.container_id, path, host.settings, build=build)
+    return {**config, "mounts": [*config["mounts"], *_names(host, journal).mounts]}
+
+
+def _names(host: Host, journal: Journal) -> names.Names:
+    links = attachments.attached(journal)
+    return names.names_of(journal.spec, journal.container_id, links, host.settings, journal.bundle)
 
 
 def remove_bundle(host: Host, journal: Journal) -> None:

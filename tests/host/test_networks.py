@@ -5,6 +5,7 @@ import json
 import re
 import socket
 import subprocess
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -268,3 +269,52 @@ def test_killed_in_the_middle(make_system, point: str):
         system.cli("rm", container_id)
     assert system.audit() == []
     assert list((system.run_dir / "ports").iterdir()) == []
+
+
+def test_names_are_those_of_the_network_and_the_spec(clean_system: System, networks: str):
+    """A name server on the bridge's own address answers a sandbox's libc; hosts has what the spec names."""
+    file = clean_system.conf_dir / "named.conflist"
+    document = json.loads((clean_system.conf_dir / "second.conflist").read_text()) | {"name": "named"}
+    document["plugins"][0]["dns"] = {"nameservers": ["10.249.7.1"], "search": ["sbt.example"]}
+    file.write_text(json.dumps(document))
+    script = "getent hosts $(hostname) extra; while ! getent hosts there; do sleep 0.1; done; exec sleep 600"
+    (container_id,) = clean_system.run(
+        *("--network", "named", "--add-host", "extra:192.0.2.9", "--wait", "--", "sh", "-c", script)
+    )
+    log = clean_system.sandboxes / container_id / "container.log"
+    with answering("10.249.7.1", "there.sbt.example", "192.0.2.53"):
+        clean_system.wait_until(lambda: "192.0.2.53" in log.read_text(), 20, "answer from inside")
+    row = clean_system.show(container_id)
+    lines = [line.split(" F ")[1].split() for line in log.read_text().splitlines() if " F " in line]
+    assert [row["ip"], container_id] in lines
+    assert ["192.0.2.9", "extra"] in lines
+
+
+@contextlib.contextmanager
+def answering(address: str, name: str, ip: str) -> Iterator[None]:
+    """A name server for one name, until the block ends."""
+    question = b"".join(bytes([len(part)]) + part.encode() for part in name.split(".")) + b"\0"
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
+        server.bind((address, 53))
+
+        def serve() -> None:
+            while True:
+                query, client = server.recvfrom(512)
+                if query == b"stop":
+                    return
+                end = query.index(b"\0", 12) + 1
+                is_known = query[12:end] == question and query[end : end + 2] == b"\0\1"  # an A record
+                body = query[:2] + (b"\x81\x80" if is_known else b"\x81\x83") + b"\0\1"
+                body += bytes([0, int(is_known), 0, 0, 0, 0]) + query[12 : end + 4]
+                if is_known:
+                    body += b"\xc0\x0c\0\1\0\1\0\0\0\x3c\0\4" + socket.inet_aton(ip)
+                server.sendto(body, client)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield
+        finally:
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stop:
+                stop.sendto(b"stop", (address, 53))
+            thread.join()
