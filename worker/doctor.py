@@ -14,6 +14,7 @@ from worker.errors import BadNetwork, HostNotReady, SandbatchError
 from worker.probe_runsc import probe
 from worker.runsc import find_binary
 from worker.settings import Settings
+from worker.subnet import NAME, lacks_ports
 
 SETUP = "sandbatch setup"
 # Program -> Debian package. What our own code starts, on every launch.
@@ -124,7 +125,12 @@ def _network(settings: Settings) -> Row:
         return Row(
             name, f"plugin {', '.join(missing)} not found", network.cni_version, False, "install the plugin"
         )
-    return Row(name, str(network.file or "found"), f"CNI {network.cni_version}", True, "")
+    hint = f"it publishes no ports: {SETUP} while no sandbox is on it" if _is_old(settings) else ""
+    return Row(name, str(network.file or "found"), f"CNI {network.cni_version}", True, hint)
+
+
+def _is_old(settings: Settings) -> bool:
+    return settings.network == NAME and lacks_ports(settings)
 
 
 def _runsc(settings: Settings) -> Row:

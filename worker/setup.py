@@ -11,7 +11,7 @@ from worker.errors import HostNotReady, SandbatchError
 from worker.probe_runsc import probe
 from worker.runsc import find_binary
 from worker.settings import Settings
-from worker.subnet import ensure_network
+from worker.subnet import ensure_network, lacks_ports
 
 APT_TIMEOUT_S = 900
 SUITE = "trixie"  # Debian 13: Debian 12's own runsc has no systrap, and sid's panics (DESIGN, point 7)
@@ -54,6 +54,8 @@ def setup(settings: Settings, say: Say, *, dry_run: bool = False) -> bool:
             _judge(settings)
     if not dry_run:
         say(f"network {settings.network}: {ensure_network(settings)}")
+        if lacks_ports(settings):
+            say("it publishes no ports yet: run setup again while no sandbox is on it")
     return done
 
 

@@ -15,7 +15,7 @@ import pytest
 from tests.host.machine import difference, snapshot
 from tests.host.system import SERVER, System
 from worker import netns, procs
-from worker.audit import chain_name
+from worker.audit import chain_name, ifb_name
 from worker.journal import FILE
 
 ORPHAN = "sb-00000000000000bb"
@@ -96,6 +96,39 @@ def add_empty_chain(system: System) -> None:
     sh("iptables", "--wait", "-t", "nat", "-N", chain_name("bridged", ORPHAN))
 
 
+def add_forward_chain(system: System) -> None:
+    """portmap's: only the jump has a comment, and its shared chains stay for the others."""
+    chain, comment = chain_name("bridged", ORPHAN, "DN-"), f'dnat name: "bridged" id: "{ORPHAN}"'
+    match = (
+        "-p",
+        "tcp",
+        "-m",
+        "comment",
+        "--comment",
+        comment,
+        "-m",
+        "multiport",
+        "--destination-ports",
+        "81",
+    )
+    nat = ("iptables", "--wait", "-t", "nat")
+    subprocess.run([*nat, "-N", "CNI-HOSTPORT-DNAT"], check=False, capture_output=True)
+    sh(*nat, "-N", chain)
+    sh(*nat, "-A", chain, "-p", "tcp", "--dport", "81", "-j", "DNAT", "--to-destination", "10.0.0.77:80")
+    sh(*nat, "-A", "CNI-HOSTPORT-DNAT", *match, "-j", chain)
+
+
+def add_port(system: System) -> None:
+    (system.run_dir / "ports").mkdir(exist_ok=True)
+    (system.run_dir / "ports" / "tcp-*-28081").symlink_to(ORPHAN)
+
+
+def add_ifb(system: System) -> None:
+    """Its name alone tells no id; that of the port beside it does."""
+    add_port(system)
+    sh("ip", "link", "add", ifb_name("bridged", ORPHAN), "type", "ifb")
+
+
 def add_cache_entry(system: System) -> None:
     """A copy of a living one's: its address is in use."""
     entry = next((system.folder / "cni" / "results").iterdir())
@@ -144,6 +177,9 @@ def add_mount(system: System) -> None:
         (add_lease, {"lease"}),
         (add_chain, {"nat chain"}),
         (add_empty_chain, {"nat chain", "netns"}),
+        (add_forward_chain, {"nat chain"}),
+        (add_port, {"port"}),
+        (add_ifb, {"ifb", "port"}),
         (add_cache_entry, {"cni cache"}),
         (add_torn_cache_entry, {"cni cache"}),
         (add_half_written_cache_entry, {"cni cache"}),
