@@ -46,8 +46,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 ECHO
-threading.Thread(target=echo_udp, args=("::", 5353), daemon=True).start()
-threading.Thread(target=echo_tcp, args=("::", 8001), daemon=True).start()
+echo("::", 5353, 8001)
 class Server(http.server.ThreadingHTTPServer):
     address_family = socket.AF_INET6
 Server(("::", 8000), Handler).serve_forever()
@@ -55,29 +54,32 @@ Server(("::", 8000), Handler).serve_forever()
 ECHO = """
 import socket, threading
 
-def echo_udp(address, port):
-    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as server:
-        server.bind((address, port))
-        while True:
-            data, peer = server.recvfrom(100)
-            server.sendto(data, peer)
+def echo_udp(server):
+    while True:
+        data, peer = server.recvfrom(100)
+        server.sendto(data, peer)
 
-def echo_tcp(address, port):
+def echo_tcp(server):
+    while True:
+        client, _ = server.accept()
+        with client:
+            client.sendall(client.recv(10))
+
+def echo(address, udp_port, *tcp_ports):
+    # Bound here, before anybody is told that they are up.
     is_v6 = ":" in address
     family = socket.AF_INET6 if is_v6 else socket.AF_INET
-    with socket.create_server((address, port), family=family, dualstack_ipv6=is_v6) as server:
-        while True:
-            client, _ = server.accept()
-            with client:
-                client.sendall(client.recv(10))
+    udp = socket.socket(family, socket.SOCK_DGRAM)
+    udp.bind((address, udp_port))
+    tcp = [socket.create_server((address, port), family=family, dualstack_ipv6=is_v6) for port in tcp_ports]
+    for work, server in [(echo_udp, udp), *((echo_tcp, one) for one in tcp)]:
+        threading.Thread(target=work, args=(server,)).start()
 """
 OUTSIDE = (
     ECHO
     + """
 import sys
-threads = [threading.Thread(target=echo_udp, args=(sys.argv[1], 5353))]
-threads += [threading.Thread(target=echo_tcp, args=(sys.argv[1], port)) for port in (8001, 8002)]
-[one.start() for one in threads]
+echo(sys.argv[1], 5353, 8001, 8002)
 print("up", flush=True)
 """
 )
@@ -105,7 +107,7 @@ def echoes(target: Target, source: str | None = None) -> bool:
     protocol, address, port = target
     kind = socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM
     with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, kind) as probe:
-        probe.settimeout(2)
+        probe.settimeout(1)
         try:
             if source:
                 probe.bind((source, 0))

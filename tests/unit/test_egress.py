@@ -1,13 +1,25 @@
 """The rules of a sandbox as text, and what is refused without a look at the machine."""
 
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from worker import doctor, egress, egress_audit, nft
-from worker.egress_rules import Link, Ruleset, load_text, ruleset, unload_tables_text, unload_text
+from worker import journal as journals
+from worker.egress_rules import (
+    BASES,
+    DENIED,
+    Link,
+    Ruleset,
+    load_text,
+    ruleset,
+    unload_tables_text,
+    unload_text,
+)
 from worker.errors import BadInput, HostNotReady
+from worker.journal import Journal
 from worker.spec import Spec, make_spec
 from worker.stages import stages_of
 
@@ -219,3 +231,39 @@ def test_what_is_loaded_has_the_id_of_its_sandbox() -> None:
     assert egress_audit.loaded(held) == {f"chain bridge sandbatch {ID}-eth0-from": ID}
     assert egress_audit.loaded(nft.Held(tables={"inet"})) == {"table inet sandbatch": ""}
     assert egress_audit.loaded(nft.Held()) == {}
+
+
+def whole(made: Ruleset) -> nft.Held:
+    """As the kernel would have it."""
+    chains = {key: len(lines) for key, lines in made.chains.items()}
+    for family in made.families:
+        chains[family, DENIED] = 1
+        chains |= {(family, name): len(lines) for name, (_, lines) in BASES[family].items()}
+    return nft.Held(
+        chains=chains, sets=set(made.sets), elements=dict(made.elements), tables=set(made.families)
+    )
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Journal:
+    spec = make_spec(args=["true"], egress=[])
+    known = journals.create(tmp_path, ID, attempt=1, batch="b", spec=spec)
+    known.mark_begun("egress", {"links": [asdict(BRIDGED)]})
+    return journals.read(known.folder)
+
+
+def test_a_policy_is_missing_if_anything_of_it_is(running: Journal) -> None:
+    """A chain of it, a rule, its place in a map, or what leads there: each leaves a way out."""
+    made = ruleset(ID, egress.journaled(running), [], False)
+    assert egress_audit.missing([running], whole(made)) == {}
+    for chain in whole(made).chains:
+        flushed, deleted = whole(made), whole(made)
+        flushed.chains[chain] = 0
+        del deleted.chains[chain]
+        for held in (flushed, deleted):
+            assert "sandbatch" in egress_audit.missing([running], held)[ID], chain
+    for element in made.elements:
+        held = whole(made)
+        del held.elements[element]
+        assert f"{element[2]} is not in map" in egress_audit.missing([running], held)[ID]
+    assert "nft is not on the PATH" in egress_audit.missing([running], None)[ID]
