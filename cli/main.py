@@ -12,6 +12,7 @@ import typer
 from rich.live import Live
 
 from cli import output, render
+from cli.calls import BeforeACommand, exec_, logs
 from cli.client import Client, shown
 from cli.output import errors_for_humans, one_line, out, print_json, say
 from cli.run import run
@@ -180,6 +181,10 @@ app.command(
     epilog="Example: sandbatch run --ready http:8000/ --cwd /var/www/html -- python3 -m http.server 8000",
     context_settings={"allow_interspersed_args": False},
 )(run)
+
+
+app.command(epilog="Example: sandbatch logs -f --tail 100 sb-0123")(logs)
+app.command("exec", cls=BeforeACommand, epilog="Example: sandbatch exec sb-0123 -- ls -l /tmp")(exec_)
 
 
 @app.command(epilog="Example: sandbatch ls --state running --label team=red")

@@ -147,3 +147,19 @@ def moment(text: str) -> str:
     if not 0 < seconds <= 10**9:
         raise BadInput(f"--deadline {text}", "seconds from now are needed, or a moment", "for example 3600")
     return (datetime.now(UTC) + timedelta(seconds=seconds)).isoformat(timespec="milliseconds")
+
+
+def since(text: str | None) -> dict[str, float]:
+    """Seconds ago, by the host's clock, or a moment in RFC 3339."""
+    if text is None:
+        return {}
+    try:
+        return {"since_s": float(text)}
+    except ValueError:
+        pass
+    try:
+        at = datetime.fromisoformat(text)
+    except ValueError:
+        why, todo = "seconds are needed, or a moment", "for example 60 or 2026-11-25T08:00:00Z"
+        raise BadInput(f"--since {text}", why, todo) from None
+    return {"since_at": at.timestamp()}

@@ -3,6 +3,7 @@
 import re
 
 import redis
+import redis.asyncio
 from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 
@@ -16,12 +17,10 @@ def connect(settings: Settings, *, patient: bool = False) -> "redis.Redis":
     Raises:
         BadInput: The broker's URL has an option that is none.
     """
-    url = settings.broker_url or f"unix://{settings.broker_socket}"
-    url = url.replace("redis+socket://", "unix://", 1)
     retry = Retry(ExponentialBackoff(cap=1.0, base=0.05), 8 if patient else 0)
     try:
         return redis.Redis.from_url(
-            url,
+            _url(settings),
             decode_responses=True,
             socket_timeout=30 if patient else 4,
             socket_connect_timeout=4,
@@ -29,6 +28,30 @@ def connect(settings: Settings, *, patient: bool = False) -> "redis.Redis":
         )
     except ValueError as error:
         raise BadInput(f"broker {public_url(settings)}", str(error), "check SANDBATCH_BROKER_URL") from None
+
+
+def connect_raw(settings: Settings) -> "redis.Redis":
+    """As `connect`, for a client of conversations: values are bytes, nothing is tried again unasked."""
+    return redis.Redis.from_url(_url(settings), socket_timeout=4, socket_connect_timeout=4, retry=None)
+
+
+def connect_async(settings: Settings) -> "redis.asyncio.Redis":
+    """For a host's conversations, in its asyncio loop: values are bytes, nothing is tried again unasked."""
+    pool = redis.asyncio.BlockingConnectionPool.from_url(
+        _url(settings),
+        max_connections=16,
+        timeout=10,
+        socket_timeout=10,
+        socket_connect_timeout=4,
+        health_check_interval=0,
+        retry=None,
+    )
+    return redis.asyncio.Redis.from_pool(pool)
+
+
+def _url(settings: Settings) -> str:
+    url = settings.broker_url or f"unix://{settings.broker_socket}"
+    return url.replace("redis+socket://", "unix://", 1)
 
 
 def check(client: "redis.Redis", settings: Settings) -> None:

@@ -17,6 +17,7 @@ from tasks import workflow
 from tasks.app import settings
 from tasks.connection import connect
 from tasks.gate import no_room
+from tasks.host_calls import make_service
 from tasks.messages import Order
 from tasks.record import HEARTBEAT_S, Record
 from tasks.sweeper import sweep_fleet, sweep_host
@@ -51,11 +52,14 @@ class HostStep(bootsteps.StartStopStep):
         self._later = reconcile.Later(self._settings)
         self._keeper = Keeper(self._settings, workflow.this_host(), Messages())
         self._keeper.start()
+        self._calls = make_service(self._settings)
+        self._calls.start()
         self._thread = threading.Thread(target=self._live, name="host", daemon=True)
         self._thread.start()
 
     def stop(self, parent: Any) -> None:
         self._stop.set()
+        self._calls.stop()
         self._thread.join(timeout=5)
         self._keeper.stop()
         try:

@@ -365,7 +365,12 @@ def _files(look: _Look, done: dict[str, Journal]) -> None:
     )
     folders = {str(folder): folder.parts[-3] for folder in settings.sandboxes_dir.glob(f"*/bundle/{FOLDER}")}
     look.compare("overlay", "bundle", folders)
-    for kind, place in (("runsc state", settings.runsc_root), ("exit file", settings.exit_dir)):
+    places = (
+        ("runsc state", settings.runsc_root),
+        ("exit file", settings.exit_dir),
+        ("exec file", settings.execs_dir),
+    )
+    for kind, place in places:
         found = {}
         for name in os.listdir(place) if place.is_dir() else []:
             ids = ID_PART.findall(name)

@@ -22,6 +22,7 @@ from worker.cni import Attachment, CniRuntime
 from worker.cni_cache import CacheEntry
 from worker.cni_config import Network, list_networks, network_from_bytes
 from worker.errors import BadNetwork, Busy, JournalError, SandbatchError
+from worker.exec import left_over
 from worker.journal import Journal, now
 from worker.launch import undo_all
 from worker.runsc import Runsc
@@ -207,6 +208,9 @@ class _Work:
             leftovers.unmount_below(place, container_id)
         conmon.end_container(self._runsc(), container_id, folder / "bundle", settings.exit_dir)
         limits.remove_cgroups(container_id)
+        for file in left_over(settings):
+            if file.name.startswith(f"{container_id}."):
+                file.unlink(missing_ok=True)
         _remove_bundle(folder / "bundle")
         if path.is_symlink():
             path.unlink()  # never through it: it may lead to the netns of another

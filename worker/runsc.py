@@ -124,6 +124,21 @@ class Runsc:
         """Send a signal, such as TERM, to the first process of the container."""
         self._check("kill", container_id, self._run("kill", container_id, signal))
 
+    def kill_inside(self, container_id: str, pid: int, signal: str) -> None:
+        """Send a signal to one process, by its pid inside the container. Safe for one that has ended."""
+        done = self._run("kill", f"--pid={pid}", container_id, signal)
+        if done.returncode and "no such process" not in done.stderr:
+            self._check("kill", container_id, done)
+
+    def processes(self, container_id: str) -> dict[int, int]:
+        """The pids inside a running container, each with its parent's; 0 where runsc itself began it."""
+        rows = self._check("ps", container_id, self._run("ps", "--format=table", container_id)).splitlines()
+        names = rows[0].split() if rows else []
+        pid, parent = (names.index(name) if name in names else -1 for name in ("PID", "PPID"))
+        if pid < 0 or parent < 0:
+            raise self.error("ps", container_id, f"its table has other columns: {rows[:1]}")
+        return {int(row.split()[pid]): int(row.split()[parent]) for row in rows[1:] if row.strip()}
+
     def delete(self, container_id: str, *, timeout_s: float | None = None) -> None:
         """Kill what runs and forget the container. Safe to repeat, also for an unknown id."""
         done = self._run("delete", "--force", container_id, timeout_s=timeout_s)

@@ -70,6 +70,7 @@ class Settings(BaseSettings):
     )
     reconcile_s: float = Field(15.0, gt=0, description="time between two looks at what is left over")
 
+    exec_slots: int = Field(64, ge=0, le=10_000, description="commands of `exec` at a time")
     log_max_bytes: int = Field(10 * 2**20, ge=2**16, le=2**40, description="of one sandbox's log")
     log_keep_s: float = Field(3600.0, ge=0, description="a log stays so long after its sandbox's end")
     logs_max_bytes: int = Field(2**30, ge=0, description="of all kept logs; the oldest go first")
@@ -149,6 +150,11 @@ class Settings(BaseSettings):
     def sandboxes_dir(self) -> Path:
         """One folder a sandbox: journal, bundle, log."""
         return self.state_dir / "sandboxes"
+
+    @property
+    def execs_dir(self) -> Path:
+        """A file for each exec under way (`worker.exec`)."""
+        return self.run_dir / "execs"
 
     @property
     def logs_dir(self) -> Path:
