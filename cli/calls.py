@@ -17,9 +17,9 @@ from cli.client import FOLLOW_S, Client
 from cli.output import errors_for_humans, one_line, say
 from tasks.caller import Conversation, new_call_id
 from tasks.state import TERMINAL, State
-from tasks.wire import Entry, Lost
+from tasks.wire import Entry
 from worker.calls import STREAMS, ExecCall, LogsCall, make_call
-from worker.errors import BadInput, SandbatchError
+from worker.errors import BadInput, Lost, SandbatchError
 from worker.settings import Settings, load_settings
 
 OUTPUT_LIMIT = "1g"
@@ -57,31 +57,41 @@ def logs(
             fields["streams"] = (stream,)
         client = Client(load_settings())
         row = client.resolve([container_id])[0]
-        show_log(client, row, {**fields, **parse.since(since)}, follow=follow)
+        LogPrinter(client, row["id"], {**fields, **parse.since(since)}, follow=follow).run()
 
 
-def show_log(client: Client, row: dict[str, Any], fields: dict[str, Any], *, follow: bool) -> None:
-    """Print a sandbox's log; a follower outlives a restart of its host's worker, and of the broker."""
-    if row["state"] in (State.QUEUED, State.PLACED):
-        if not follow:
-            raise SandbatchError(row["id"], f"is {row['state']}, it has written nothing yet", "add --follow")
-        row = _until_launching(client, row["id"])
-    if row["host"] is None:
-        return  # cancelled before a host took it
-    cursor = ""
-    while True:
-        asked = {"container_id": row["id"], "follow": follow, "cursor": cursor, **fields}
-        call = make_call("logs", call_id=new_call_id(), **asked)
-        try:
-            for reply in converse(client.settings, row["host"], call):
-                write(reply)
-                cursor = reply.cursor or cursor
-            return
-        except Lost as lost:
+class LogPrinter:
+    """Prints a sandbox's log; a follower outlives a restart of its host's worker, and of the broker."""
+
+    def __init__(self, client: Client, container_id: str, fields: dict[str, Any], *, follow: bool) -> None:
+        self._client, self._fields, self._follow = client, fields, follow
+        self._cursor = ""  # behind what is printed
+        self.container_id = container_id
+
+    def run(self) -> None:
+        """Print to its end; run again after an interrupt, it goes on where it was."""
+        client, follow = self._client, self._follow
+        row = client.resolve([self.container_id])[0]
+        if row["state"] in (State.QUEUED, State.PLACED):
             if not follow:
-                raise
-            say(one_line(f"sandbatch: {lost.what}: {lost.why}; the log goes on once it is back"))
-            _until_host_lives(client, row["host"])
+                why = f"is {row['state']}, it has written nothing yet"
+                raise SandbatchError(row["id"], why, "add --follow")
+            row = _until_launching(client, row["id"])
+        if row["host"] is None:
+            return  # cancelled before a host took it
+        while True:
+            asked = {"container_id": row["id"], "follow": follow, "cursor": self._cursor, **self._fields}
+            call = make_call("logs", call_id=new_call_id(), **asked)
+            try:
+                for reply in converse(client.settings, row["host"], call):
+                    write(reply)
+                    self._cursor = reply.cursor or self._cursor
+                return
+            except Lost as lost:
+                if not follow:
+                    raise
+                say(one_line(f"sandbatch: {lost.what}: {lost.why}; the log goes on once it is back"))
+                _until_host_lives(client, row["host"])
 
 
 def exec_(

@@ -14,6 +14,7 @@ from rich.live import Live
 from cli import output, render
 from cli.calls import BeforeACommand, exec_, logs
 from cli.client import Client, shown
+from cli.copy import cp
 from cli.output import errors_for_humans, one_line, out, print_json, say
 from cli.run import run
 from cli.waiting import tell_failures, wait_for
@@ -184,6 +185,7 @@ app.command(
 
 
 app.command(epilog="Example: sandbatch logs -f --tail 100 sb-0123")(logs)
+app.command(epilog="Example: sandbatch cp sb-0123:/tmp/result .")(cp)
 app.command("exec", cls=BeforeACommand, epilog="Example: sandbatch exec sb-0123 -- ls -l /tmp")(exec_)
 
 

@@ -5,11 +5,13 @@ from typing import Annotated
 import typer
 
 from cli import parse
+from cli.attach import attach as follow_to_its_end
 from cli.client import Client, shown
 from cli.output import errors_for_humans, out, print_json, say
 from cli.plan import print_plan
 from cli.waiting import tell_failures, wait_for
 from tasks.state import State
+from worker.errors import BadInput
 from worker.settings import load_settings
 from worker.spec import make_spec
 
@@ -31,6 +33,9 @@ def run(
         str | None, typer.Option(metavar="NAME", help="Name of the batch; one that is there grows.")
     ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Until they run; exit 1 if one fails.")] = False,
+    attach: Annotated[
+        bool, typer.Option("-a", "--attach", help="Print what it writes, and exit as it does.")
+    ] = False,
     # -- limits
     memory: Annotated[
         str | None,
@@ -195,12 +200,19 @@ def run(
             found = dryrun.dry_run(spec, settings)
             (print_json if as_json else print_plan)(found)
             raise typer.Exit
+        if attach and (count > 1 or as_json):
+            raise BadInput(
+                "--attach", "is for one sandbox, and for what it prints", "leave out -n and --json"
+            )
         client = Client(settings)
         client.validate(spec)
         batch, ids = submit(client.app(), client.record, settings, [spec] * count, batch=batch_name)
         say(f"batch {batch}")
         if not client.record.live_hosts():
             say("no host is up: they wait as queued; start sandbatch up, or sandbatch worker")
+        if attach:
+            say(ids[0])  # our stdout is the sandbox's
+            raise typer.Exit(follow_to_its_end(client, ids[0], forget=remove))
         if not as_json:
             out.print("\n".join(ids))
         states = wait_for(client, ids, "running", None) if wait else {}

@@ -19,7 +19,6 @@ from tasks.wire import (
     STALE_S,
     WINDOW_BYTES,
     Entry,
-    Lost,
     Numbers,
     after,
     batches,
@@ -30,23 +29,11 @@ from tasks.wire import (
     read_entry,
 )
 from worker.calls import ExecCall, LogsCall
-from worker.errors import SandbatchError
+from worker.errors import BadInput, HostAway, Lost, Refused, SandbatchError
 from worker.settings import Settings
 
 BLOCK_S = 2.0  # less than the connection's timeout
 RETRIED = (redis.ConnectionError, redis.TimeoutError, redis.BusyLoadingError, OSError)
-
-
-class HostAway(Lost):
-    """The host does not answer, or says that its worker stops. Nothing is known of what it did last."""
-
-
-class Refused(SandbatchError):
-    """The host's own error."""
-
-    def __init__(self, document: dict[str, Any]) -> None:
-        super().__init__(*(str(document.get(name, "")) for name in ("what", "why", "todo")))
-        self.exit_code = 2 if document.get("exit") == 2 else 1
 
 
 def new_call_id() -> str:
@@ -88,7 +75,7 @@ class Conversation:
             self._room.notify_all()
         self._pinger.join(PING_S)
         try:
-            if kind is None or issubclass(kind, Refused):
+            if kind is None or issubclass(kind, (BadInput, Refused)):
                 self._writer.delete(self._in_key, self._out_key)
             else:
                 self._send("cancel")
@@ -125,10 +112,7 @@ class Conversation:
                         self._acked = max(self._acked, int(entry.data))
                         self._room.notify_all()
                 elif entry.kind == "error":
-                    document = entry.document()
-                    if document.get("code") == "away":
-                        raise HostAway(document["what"], document["why"], document["todo"])
-                    raise Refused(document)
+                    raise _error_in(entry.document())
                 elif entry.kind == "end":
                     yield entry
                     return
@@ -202,3 +186,10 @@ class Conversation:
                         why = "it has been away for too long"
                         raise Lost("broker", why, "check that it runs, and try again") from None
                     time.sleep(0.2)
+
+
+def _error_in(document: dict[str, Any]) -> SandbatchError:
+    """The host's error, as it has sent it."""
+    kinds: dict[str, type[SandbatchError]] = {"away": HostAway, "bad": BadInput}
+    what, why, todo = (str(document.get(name, "")) for name in ("what", "why", "todo"))
+    return kinds.get(str(document.get("code")), Refused)(what, why, todo)

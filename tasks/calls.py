@@ -24,7 +24,6 @@ from tasks.wire import (
     STALE_S,
     WINDOW_BYTES,
     Entry,
-    Lost,
     Numbers,
     after,
     batches,
@@ -35,7 +34,7 @@ from tasks.wire import (
     read_entry,
 )
 from worker.calls import ExecCall, LogsCall
-from worker.errors import BadInput, SandbatchError
+from worker.errors import BadInput, HostAway, Lost, SandbatchError
 from worker.settings import Settings
 
 log = logging.getLogger("sandbatch")
@@ -210,7 +209,7 @@ class CallService:
         tasks = [one.task for one in self._live.values() if one.task is not None]
         for conversation in list(self._live.values()):
             host = self._settings.host
-            conversation.cancel(Away(f"host {host}", "its worker stops", "ask again when it is back"))
+            conversation.cancel(HostAway(f"host {host}", "its worker stops", "ask again when it is back"))
         if tasks:
             await asyncio.wait(tasks, timeout=STOP_S)
 
@@ -309,10 +308,6 @@ class CallService:
                     self._pings = asyncio.create_task(one.ping())
 
 
-class Away(SandbatchError):
-    """The host's worker stops; it may come back."""
-
-
 def _document(error: SandbatchError) -> dict[str, Any]:
-    code = AWAY if isinstance(error, Away) else ""
-    return {"what": error.what, "why": error.why, "todo": error.todo, "exit": error.exit_code, "code": code}
+    code = AWAY if isinstance(error, HostAway) else "bad" if isinstance(error, BadInput) else ""
+    return {"what": error.what, "why": error.why, "todo": error.todo, "code": code}

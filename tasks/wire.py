@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from tasks.record import PREFIX
 from worker.calls import ExecCall, LogsCall, read_call
-from worker.errors import SandbatchError
+from worker.errors import Lost
 
 WINDOW_BYTES = 1 << 20  # sent and not yet acknowledged: more never lies in the broker
 ACK_BYTES = WINDOW_BYTES // 4
@@ -82,10 +82,6 @@ class Numbers:
             return False
         self._last = entry.number
         return True
-
-
-class Lost(SandbatchError):
-    """The conversation cannot go on: the broker, or the other side, is away or has lost a part of it."""
 
 
 def read_entry(fields: Fields) -> Entry:

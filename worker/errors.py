@@ -80,3 +80,15 @@ class BrokerError(SandbatchError):
     """The broker cannot be reached."""
 
     can_pass = True
+
+
+class Lost(SandbatchError):
+    """A conversation cannot go on: the broker, or the other side, is away or has lost a part of it."""
+
+
+class HostAway(Lost):
+    """A host does not answer, or its worker stops. Nothing is known of what it did last."""
+
+
+class Refused(SandbatchError):
+    """A host's own error, as its client has it."""

@@ -74,8 +74,8 @@ def check_running(settings: Settings, container_id: str) -> None:
     except JournalError:
         raise SandbatchError(container_id, "is not on its host any more", "see sandbatch ls") from None
     ended = conmon.exit_code(settings.exit_dir, container_id) is not None
-    if known.is_unwinding or ended or not known.is_done("container"):
-        words = "has ended" if ended or known.is_unwinding else "has not started yet"
+    if ended or not known.is_up:
+        words = "has ended" if ended or known.is_unwinding else "does not run yet"
         raise SandbatchError(container_id, f"its command {words}", "see sandbatch show")
 
 

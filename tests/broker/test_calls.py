@@ -11,12 +11,12 @@ import pytest
 import redis
 
 from tasks import calls, wire
-from tasks.caller import Conversation, HostAway, Refused, new_call_id
+from tasks.caller import Conversation, new_call_id
 from tasks.calls import CallService
-from tasks.wire import WINDOW_BYTES, Entry, Lost, Numbers, call_key, calls_key
+from tasks.wire import WINDOW_BYTES, Entry, Numbers, call_key, calls_key
 from tests.broker.conftest import HOST
 from worker.calls import ExecCall, LogsCall, make_call
-from worker.errors import SandbatchError
+from worker.errors import HostAway, Lost, Refused, SandbatchError
 from worker.settings import Settings
 
 ID = "sb-0123456789abcdef"

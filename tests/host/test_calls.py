@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -201,9 +202,7 @@ def test_a_follower_misses_nothing_over_a_kill_of_the_worker(system: System, beg
 def test_logs_since_tail_time_stamps_and_streams(system: System):
     script = "echo one; sleep 2; echo two; echo err >&2; printf part; sleep 1000"
     (container_id,) = system.run("--wait", "--", "sh", "-c", script)
-    system.wait_until(
-        lambda: b"part" in call(system, "logs", container_id).stdout, 20, "the last word"
-    )
+    system.wait_until(lambda: b"part" in call(system, "logs", container_id).stdout, 20, "the last word")
     whole = call(system, "logs", container_id)
     assert (whole.stdout, whole.stderr) == (b"one\ntwo\npart", b"err\n")
     assert call(system, "logs", "--tail", "1", container_id).stdout == b"part"
@@ -239,3 +238,77 @@ def test_calls_that_cannot_be_are_refused_in_words(system: System):
     system.cli("rm", ended)
     done = call(system, "exec", ended, "--", "true")
     assert (done.returncode, b"has ended" in done.stderr) == (1, True)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_cp_of_a_folder_in_and_out_again(system: System, sandbox: str, tmp_path: Path):
+    source = tmp_path / "source"
+    (source / "sub").mkdir(parents=True)
+    (source / "big").write_bytes(os.urandom(3_000_000))
+    (source / "sub" / "two words").write_bytes(os.urandom(1000))
+    (source / "link").symlink_to("sub/two words")
+    assert call(system, "cp", str(source), f"{sandbox}:/tmp").returncode == 0
+    assert call(system, "cp", str(source), f"{sandbox}:/tmp/renamed").returncode == 0
+    listed = call(
+        system, "exec", sandbox, "--", "sh", "-c", "cd /tmp; stat -c %u:%g source/big; readlink renamed/link"
+    )
+    assert listed.stdout == b"0:0\nsub/two words\n"
+    for inside, name in (("/tmp/source", "back"), ("/tmp/renamed", "again")):
+        assert call(system, "cp", f"{sandbox}:{inside}", str(tmp_path / name)).returncode == 0
+        assert digests(tmp_path / name) == digests(source)
+    one = call(system, "cp", f"{sandbox}:/tmp/source/big", str(tmp_path))
+    assert (one.returncode, (tmp_path / "big").read_bytes()) == (0, (source / "big").read_bytes())
+    packed = call(system, "cp", f"{sandbox}:/tmp/source/sub", "-").stdout
+    assert call(system, "cp", "-", f"{sandbox}:/run", stdin=packed).returncode == 0
+    assert call(system, "exec", sandbox, "--", "ls", "/run/sub").stdout == b"two words\n"
+    call(system, "exec", sandbox, "--", "rm", "-r", "/tmp/source", "/tmp/renamed", "/run/sub")
+
+
+def test_cp_says_what_cannot_be_copied(system: System, sandbox: str, tmp_path: Path):
+    (tmp_path / "a").write_text("a")
+    for args, words in (
+        ((f"{sandbox}:/nowhere", str(tmp_path)), "No such file"),
+        ((str(tmp_path / "a"), f"{sandbox}:/usr/a"), "Read-only file system"),
+        ((f"{sandbox}:/usr/bin", str(tmp_path), "--output-limit", "64k"), "wrote more than 65536 bytes"),
+        ((str(tmp_path / "none"), f"{sandbox}:/tmp"), "no such file"),
+        ((str(tmp_path / "a"), str(tmp_path / "b")), "one of SRC and DST"),
+    ):
+        done = call(system, "cp", *args)
+        assert done.returncode in (1, 2)
+        assert words in done.stderr.decode()
+    assert os.listdir(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize(
+    "script", ["echo out; echo err >&2; exit 7", "echo out; echo err >&2; sleep 1; exit 7"]
+)
+def test_run_attach_is_as_the_program_itself(system: System, script: str):
+    """A very short one has ended before its log can be asked for."""
+    done = call(system, "run", "--attach", "--rm", "--", "sh", "-c", script)
+    assert (done.returncode, done.stdout) == (7, b"out\n")
+    assert b"err\n" in done.stderr
+    system.wait_until(lambda: os.listdir(system.folder / "state" / "logs") == [], 10, "end of its log")
+
+
+def test_ctrl_c_stops_what_is_attached(system: System, begin: Begin):
+    script = "trap 'echo stopped; exit 0' TERM; echo begun; while :; do sleep 0.1; done"
+    attached = begin(system, "run", "-a", "--", "sh", "-c", script)
+    assert attached.stdout.readline() == b"begun\n"
+    attached.send_signal(signal.SIGINT)
+    rest, _ = attached.communicate(timeout=30)
+    assert (attached.returncode, rest) == (130, b"stopped\n")
+    assert all(row["state"] != "running" for row in system.ls().values() if "trap" in str(row["args"]))
+
+
+def test_a_launch_that_fails_is_said_by_run_attach(system: System):
+    done = call(system, "run", "--attach", "--", "nope")
+    assert done.returncode == 1
+    assert 'error finding executable "nope"' in done.stderr.decode()
+    assert call(system, "run", "--attach", "-n", "2", "--", "true").returncode == 2
