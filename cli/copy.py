@@ -77,10 +77,7 @@ def _copy_out(client: Client, row: dict[str, Any], path: str, target: str, limit
         place = place / base
     if not place.parent.is_dir():
         raise BadInput(f"cp to {target}", f"{place.parent} is no folder", "make it first")
-    parts = output.parts()
-    left_out = unpack(cast("IO[bytes]", Source(parts)), base, place)
-    for _ in parts:
-        pass  # what is behind the end of the tar; then how tar ended
+    left_out = unpack(cast("IO[bytes]", Source(output.parts())), base, place)
     if left_out:
         names = ", ".join(sorted(left_out)[:5])
         say(one_line(f"sandbatch: cp: {len(left_out)} devices, and links that lead out, left out: {names}"))

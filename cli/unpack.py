@@ -21,7 +21,8 @@ def unpack(stream: IO[bytes], base: str, target: Path) -> list[str]:
     Returns:
         Names that were left out: devices, and links that lead out of what is copied.
     Raises:
-        SandbatchError: A name leads out, or the stream is no tar; nothing was written.
+        SandbatchError: A name leads out, or the stream is no tar, or says itself that it has failed;
+            nothing was written.
     """
     left_out: list[str] = []
     with tempfile.TemporaryDirectory(prefix=f".{target.name[:50]}.", dir=target.parent) as folder:
@@ -31,7 +32,9 @@ def unpack(stream: IO[bytes], base: str, target: Path) -> list[str]:
                 for member in tar:
                     parts = _parts(member.name, base)
                     _write(tar, member, root, root.joinpath(*parts), links, left_out)
+            _drain(stream)
         except (tarfile.TarError, EOFError) as error:
+            _drain(stream)
             raise SandbatchError("cp", f"what came is no whole tar: {error}", TODO) from None
         except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
             raise SandbatchError("cp", f"a name is that of a file and of a folder: {error}", TODO) from None
@@ -46,6 +49,12 @@ def unpack(stream: IO[bytes], base: str, target: Path) -> list[str]:
             raise SandbatchError(f"cp to {target}", "it is there already", "remove it, or name another")
         os.replace(root / base, target)
     return left_out
+
+
+def _drain(stream: IO[bytes]) -> None:
+    """Read to the end: only there is it known whether the sandbox's tar was content, and what it said."""
+    while stream.read(1 << 16):
+        pass
 
 
 def _parts(name: str, base: str) -> tuple[str, ...]:

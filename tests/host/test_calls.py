@@ -219,16 +219,18 @@ def test_a_follower_goes_on_over_a_full_log(make_system, begin: Begin):
     """conmon begins the file anew at its limit; who follows reads both."""
     system = make_system(SANDBATCH_LOG_MAX_BYTES=str(1 << 16))
     system.start()
-    count = "i=0; while [ $i -lt 6000 ]; do i=$((i+1)); echo line $i; [ $((i%100)) = 0 ] && sleep 0.05; done"
-    script = f"{count}; sleep 1000"
+    count = "i=0; while [ $i -lt 2000 ]; do i=$((i+1)); echo line $i; [ $((i%50)) = 0 ] && sleep 0.1; done"
+    script = f"echo begun; while [ ! -e /tmp/go ]; do sleep 0.1; done; {count}; sleep 1000"
     (container_id,) = system.run("--wait", "--", "bash", "-c", script)
     follower = begin(system, "logs", "-f", container_id)
-    for number in range(1, 6001):
+    assert follower.stdout.readline() == b"begun\n"
+    call(system, "exec", container_id, "--", "touch", "/tmp/go")
+    for number in range(1, 2001):
         assert follower.stdout.readline() == f"line {number}\n".encode()
     follower.kill()
     follower.communicate()
     assert (system.sandboxes / container_id / "container.log").stat().st_size <= 1 << 16
-    assert call(system, "logs", "--tail", "1", container_id).stdout == b"line 6000\n"
+    assert call(system, "logs", "--tail", "1", container_id).stdout == b"line 2000\n"
 
 
 def test_calls_that_cannot_be_are_refused_in_words(system: System):
