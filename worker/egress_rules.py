@@ -16,6 +16,8 @@ Why so, and not as one would begin (all measured on Linux 6.18):
   came from, an echo reply to who asked.
 - `goto denied` ends every refusal. As long as a sandbox's chain refers to it the chain cannot be
   deleted: so the shared tables can be removed, in one transaction that fails if they are in use.
+
+A load or a removal costs 5 ms of CPU, with a thousand other policies 35 to 45 ms (nftables 1.0.6).
 """
 
 from collections.abc import Sequence

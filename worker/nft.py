@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from worker import process
-from worker.egress_rules import BRIDGE, INET, TABLE, unload_tables_text
+from worker.egress_rules import BRIDGE, INET, MAPS, TABLE, unload_tables_text
 from worker.errors import SandbatchError
 
-TIMEOUT_S = 30.0
+TIMEOUT_S, LIST_TIMEOUT_S = 30.0, 80.0
 TRIES, PAUSE_S = 5, 0.05
 BUSY = "Device or resource busy"  # what is to be deleted is in use
 # Another transaction came in between; the kernel asks to come again, and nobody tells when.
@@ -64,12 +64,17 @@ def drop_empty_tables() -> None:
 
 
 def held() -> Held:
-    """List our tables. Takes seconds where a thousand sandboxes have a policy: never during a launch."""
+    """List our tables. With a thousand policies that is 2 to 3 s of CPU: never during a launch."""
     found = Held()
     for table in (one["table"] for one in _list("tables") if "table" in one):
         if table["name"] == TABLE and table["family"] in (BRIDGE, INET):
-            for one in _list("table", table["family"], TABLE):
+            family = table["family"]
+            # Without elements: a set that remembers a flood has 65,535, and says nothing about a policy.
+            for one in _list("table", family, TABLE, terse=True):
                 _note(found, one)
+            for name in MAPS[family]:
+                for one in _list("map", family, TABLE, name):
+                    _note(found, one)
     return found
 
 
@@ -90,8 +95,9 @@ def _note(found: Held, one: dict[str, Any]) -> None:
             found.elements[body["family"], body["name"], str(link)] = target
 
 
-def _list(*what: str) -> list[dict[str, Any]]:
-    done = process.run(["nft", "--json", "list", *what], timeout_s=TIMEOUT_S)
+def _list(*what: str, terse: bool = False) -> list[dict[str, Any]]:
+    options = ["--json", *(["--terse"] if terse else [])]
+    done = process.run(["nft", *options, "list", *what], timeout_s=LIST_TIMEOUT_S)
     if done.returncode:
         if "No such file" in done.stderr:
             return []  # it went with its last sandbox, just now
