@@ -181,6 +181,30 @@ def test_elsewhere_the_hosts_say_which_folders_they_allow(cli, heartbeat, record
     assert cli("run", "--rootfs", "/srv/roots/a", "--", "true").returncode == 0
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--network", "one", "-p", "80"), "network one: publishes no ports: its list lacks a plugin"),
+        (("--network", "two:ip=10.0.0.9"), "network two: takes no address"),
+        (("--network", "one", "--network", "two", "-p", "80"), None),  # the first that can
+        (("--network", "one", "--network", "three"), "network three: not every host has it; name the host"),
+        (("--network", "one", "--network", "moon"), "network moon: no host has it; known: one, three, two"),
+    ],
+)
+def test_elsewhere_the_hosts_say_what_their_networks_can(cli, heartbeat, record, options, words):
+    """One host must have them all, with what the spec asks of each."""
+    can = {"one": [], "two": ["portMappings"]}
+    heartbeat("there", boot_id="of another machine", networks=["one", "two"], capabilities=can)
+    heartbeat("yonder", boot_id="of a third machine", networks=["three"], capabilities={"three": []})
+    done = cli("run", *options, "--", "true")
+    if words is None:
+        assert done.returncode == 0
+    else:
+        assert (done.returncode, done.stdout) == (2, "")
+        assert words in done.stderr
+        assert record.ids() == []
+
+
 def test_elsewhere_the_hosts_say_what_may_be_bound(cli, heartbeat, record):
     """A path of theirs is looked at by them alone: it is not there on a laptop."""
     heartbeat("there", boot_id="of another machine", mount_allow=["/srv/data"])
