@@ -9,6 +9,7 @@ import errno
 import os
 import re
 import secrets
+import shutil
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,12 +18,17 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from worker import process
 from worker.errors import Busy, SandbatchError
 from worker.locks import lock_within
 from worker.settings import Settings
 from worker.spec_parts import Publish
 
 NAME = re.compile(r"^(?P<protocol>[a-z]+)-(?P<ip>\*|[0-9a-f.:]+)-(?P<port>[0-9]+)$")
+FORWARD = re.compile(
+    r"^-A (?P<chain>\S+) (?:-d (?P<ip>[0-9a-f.:]+)(?:/32|/128) )?(?:.* )?-p (?P<protocol>\w+) "
+    r".*--dport (?P<port>\d+) .*-j DNAT "
+)
 EVERY = "*"
 LOCK_WAIT_S = 10.0  # held for the time of some dozen system calls
 KINDS = {
@@ -60,7 +66,7 @@ def reserve(
         SandbatchError: A port is taken, and by whom; or none is left. Some may be reserved: `release`.
     """
     with _locked(settings) as folder:
-        taken = _forget_own(folder, container_id)
+        taken = _forwarded() | _forget_own(folder, container_id)
         chosen: dict[int, int] = {}
         for index in sorted(range(len(asked)), key=lambda one: asked[one].host_port == 0):
             one = asked[index]
@@ -128,6 +134,21 @@ def _forget_own(folder: Path, container_id: str) -> dict[_Port, str]:
         elif match is not None:
             taken[_Port(match["protocol"], match["ip"], int(match["port"]))] = owner
     return taken
+
+
+def _forwarded() -> dict[_Port, str]:
+    """Ports that iptables forwards already: of podman's containers, or of another sandbatch's."""
+    found = {}
+    for program, every in (("iptables-save", "0.0.0.0"), ("ip6tables-save", "::")):  # noqa: S104
+        if shutil.which(program) is None:
+            continue
+        # Without the table there is nothing in it; without root there is no ADD either.
+        for line in process.run([program, "-t", "nat"], timeout_s=30).stdout.splitlines():
+            rule = FORWARD.match(line)
+            if rule and rule["protocol"] in KINDS:
+                port = _Port(rule["protocol"], rule["ip"] or every, int(rule["port"]))
+                found[port] = f"a rule of the host's iptables (chain {rule['chain']})"
+    return found
 
 
 def _is_same(old: Mapping[str, Any], asked: Publish) -> bool:

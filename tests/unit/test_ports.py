@@ -78,6 +78,41 @@ def test_a_port_that_a_program_has_is_taken(settings, kind, protocol, ip):
     assert ports.reserved(settings) == {}
 
 
+SAVED = """*nat
+:CNI-DN-0123456789abcdef01234 - [0:0]
+-A CNI-DN-0123456789abcdef01234 -s 10.88.0.0/16 -p tcp -m tcp --dport 28080 -j CNI-HOSTPORT-SETMARK
+-A CNI-DN-0123456789abcdef01234 -p tcp -m tcp --dport 28080 -j DNAT --to-destination 10.88.0.9:80
+-A NETAVARK-DN-1 -d 127.0.0.1/32 -p udp -m udp --dport 28053 -j DNAT --to-destination 10.89.0.9:53
+-A CNI-HOSTPORT-DNAT -p tcp -m multiport --dports 28080,28081 -j CNI-DN-0123456789abcdef01234
+COMMIT
+"""
+
+
+@pytest.mark.parametrize(
+    ("wanted", "chain"),
+    [
+        ({"host_port": 28080}, "CNI-DN-0123456789abcdef01234"),
+        ({"host_port": 28080, "host_ip": "127.0.0.1"}, "CNI-DN-0123456789abcdef01234"),
+        ({"host_port": 28053, "protocol": "udp"}, "NETAVARK-DN-1"),
+        ({"host_port": 28053, "protocol": "udp", "host_ip": "0.0.0.0"}, "NETAVARK-DN-1"),
+        ({"host_port": 28053, "protocol": "udp", "host_ip": "::1"}, None),
+        ({"host_port": 28053}, None),
+        ({"host_port": 28081}, None),
+    ],
+)
+def test_a_port_that_another_runtime_forwards_is_taken(settings, monkeypatch, tmp_path, wanted, chain):
+    """podman's rule is no listener; of two rules the last would win."""
+    (tmp_path / "saved").write_text(SAVED)
+    (tmp_path / "iptables-save").write_text(f"#!/bin/sh\ncat {tmp_path}/saved\n")
+    (tmp_path / "iptables-save").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    if chain is None:
+        ports.reserve(settings, ONE, [asked(**wanted)])
+        return
+    with pytest.raises(SandbatchError, match=rf"is taken by a rule of the host's iptables \(chain {chain}\)"):
+        ports.reserve(settings, ONE, [asked(**wanted)])
+
+
 def test_an_address_that_the_host_has_not_is_named(settings):
     with pytest.raises(
         SandbatchError, match=r"port 28080/tcp on 192\.0\.2\.1: this host has no such address"
