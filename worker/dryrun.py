@@ -14,6 +14,7 @@ from worker.egress_rules import Link, load_text, ruleset
 from worker.errors import HostNotReady
 from worker.journal import Journal, now
 from worker.launch import with_host_limits
+from worker.names import RESOLV_CONF
 from worker.overlay import check_overlay
 from worker.probe_runsc import remembered
 from worker.settings import Settings
@@ -55,6 +56,8 @@ def dry_run(spec: Spec, settings: Settings) -> dict[str, Any]:
             unknown |= {f"host end of {end.name}": end.host_end, f"mac of {end.name}": end.mac}
             unknown |= {f"address of {end.name}": ", ".join(end.addresses)}
     config = config_of(host, journal, build=False)
+    if not any(one["destination"] == RESOLV_CONF for one in config["mounts"]):
+        unknown[RESOLV_CONF] = "a bind of its own, if the result of a network names a server"
     journal.data["bundle"] = bundle_data(config)
     return {
         "container_id": CONTAINER_ID,

@@ -118,15 +118,10 @@ def test_what_may_not_be_bound_is_refused_before_anything_is_made(clean_system, 
         "/etc:/data": "not below an allowed folder",
         f"{allowed}/out:/data": "not below an allowed folder",
         f"{allowed}/../allowed/data:/data": "without '..'",
-        f"{allowed}/nothing:/data": "no such folder or file",
         f"{allowed}/socket:/data": "socket",
         f"{allowed}/data:/data": f"{allowed}/data/sub is mounted below it",
         f"{allowed}/data/sub:/proc/x": "/proc, /sys or /dev",
-        f"{allowed}/data/sub:/bin/x"
-        if Path("/bin").is_symlink()
-        else f"{allowed}/data/sub:/var/run": "is a symlink",
         f"{allowed}/data/sub:/usr/no/such/folder": "make it there: mkdir -p",
-        f"{allowed}/data/sub:/etc/host.conf": "the source a folder",
     }
     subprocess.run(["mount", "-t", "tmpfs", "none", allowed / "data/sub"], check=True)
     before = clean_system.ls()
