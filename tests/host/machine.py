@@ -14,6 +14,7 @@ SHARED = re.compile(
     r":CNI-HOSTPORT-|-A CNI-HOSTPORT-(SETMARK|MASQ) |-A .* -j CNI-HOSTPORT-(DNAT|MASQ)$"
     r"|chain CNI-HOSTPORT-|(fib daddr type local )?\s*jump CNI-HOSTPORT-(DNAT|MASQ)$|meta mark .*0x0*2000\b"
 )
+KERNELS_LINKS = ("ifb0", "ifb1")  # they come with the module, when the first rate is limited
 OURS = re.compile(r"sb-[0-9a-f]{16}|runsc|gvisor")  # a machine's other cgroups come and go
 BENCH = "sandbatch-bench"  # a bench may run beside the tests
 
@@ -23,7 +24,7 @@ def snapshot() -> dict[str, list[str]]:
     return {
         "iptables": [line for line in _lines("iptables-save") if not _may_stay(line)],
         "nftables": [line for line in _lines("nft", "list", "ruleset") if not _may_stay(line)],
-        "links": sorted(link["ifname"] for link in json.loads(_output("ip", "-j", "link"))),
+        "links": sorted(set(_links()) - set(KERNELS_LINKS)),
         "addresses": sorted(f"{one['ifname']} {one['addr_info']}" for one in _addresses()),
         "cni": _tree(Path("/var/lib/cni")),
         "netns": sorted(os.listdir("/var/run/netns")) if Path("/var/run/netns").is_dir() else [],
@@ -45,6 +46,10 @@ def difference(before: dict[str, list[str]], after: dict[str, list[str]]) -> dic
         if came or went:
             found[kind] = came + went
     return found
+
+
+def _links() -> list[str]:
+    return [str(link["ifname"]) for link in json.loads(_output("ip", "-j", "link"))]
 
 
 def _may_stay(rule: str) -> bool:
