@@ -18,8 +18,8 @@ INTERRUPTED, TERMINATED = 130, 143
 class _Interrupts:
     """SIGINT and SIGTERM, both as KeyboardInterrupt; which came first decides the exit code."""
 
-    def __init__(self) -> None:
-        self.code = 0
+    def __init__(self, printer: LogPrinter) -> None:
+        self.code, self._printer = 0, printer
 
     def catch(self) -> None:
         for one in (signal.SIGINT, signal.SIGTERM):
@@ -27,7 +27,7 @@ class _Interrupts:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.code = self.code or (TERMINATED if number == signal.SIGTERM else INTERRUPTED)
-        raise KeyboardInterrupt
+        self._printer.interrupt()
 
 
 def attach(client: Client, container_id: str, *, forget: bool) -> int:
@@ -35,9 +35,9 @@ def attach(client: Client, container_id: str, *, forget: bool) -> int:
 
     The first Ctrl-C asks it to stop and goes on until it has; the second leaves it to that.
     """
-    interrupts = _Interrupts()
-    interrupts.catch()
     printer = LogPrinter(client, container_id, {}, follow=True)
+    interrupts = _Interrupts(printer)
+    interrupts.catch()
     try:
         row = _to_its_end(client, printer)
     except KeyboardInterrupt:

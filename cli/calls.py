@@ -66,7 +66,15 @@ class LogPrinter:
     def __init__(self, client: Client, container_id: str, fields: dict[str, Any], *, follow: bool) -> None:
         self._client, self._fields, self._follow = client, fields, follow
         self._cursor = ""  # behind what is printed
+        self._is_writing = self._is_interrupted = False
         self.container_id = container_id
+
+    def interrupt(self) -> None:
+        """KeyboardInterrupt; the first one not between a part's print and the note of it."""
+        if self._is_writing and not self._is_interrupted:
+            self._is_interrupted = True
+        else:
+            raise KeyboardInterrupt
 
     def run(self) -> None:
         """Print to its end; run again after an interrupt, it goes on where it was."""
@@ -84,8 +92,13 @@ class LogPrinter:
             call = make_call("logs", call_id=new_call_id(), **asked)
             try:
                 for reply in converse(client.settings, row["host"], call):
+                    self._is_writing = True
                     write(reply)
                     self._cursor = reply.cursor or self._cursor
+                    self._is_writing = False
+                    if self._is_interrupted:
+                        self._is_interrupted = False
+                        raise KeyboardInterrupt
                 return
             except Lost as lost:
                 if not follow:

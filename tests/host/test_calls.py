@@ -143,7 +143,9 @@ def test_thirty_execs_and_a_follower_take_no_launch_slot(system: System, sandbox
     follower = begin(system, "logs", "-f", sandbox)
     with ThreadPoolExecutor(30) as pool:
         calls = [
-            pool.submit(call, system, "exec", "-i", sandbox, "--", "sh", "-c", f"cat; exit {number}")
+            pool.submit(
+                call, system, "exec", "-i", sandbox, "--", "sh", "-c", f"cat; exit {number}", timeout_s=80
+            )
             for number in range(30)
         ]
         launched = system.run("--count", "4", "--wait", *IDLE)
