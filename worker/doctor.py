@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from worker import nft, process
+from worker import limits, nft, process
 from worker.cni import CniRuntime
 from worker.cni_config import find_network
 from worker.egress_rules import Link, load_text, ruleset
@@ -52,7 +52,7 @@ def doctor(settings: Settings) -> list[Row]:
     rows += [_program(name) for name in PROGRAMS]
     rows.append(_nft())
     rows += list(_plugins(settings))
-    rows += [_network(settings), _runsc(settings)]
+    rows += [_network(settings), _cgroups(), _runsc(settings)]
     return rows
 
 
@@ -131,6 +131,17 @@ def _network(settings: Settings) -> Row:
 
 def _is_old(settings: Settings) -> bool:
     return settings.network == NAME and lacks_ports(settings)
+
+
+def _cgroups() -> Row:
+    """Never a reason not to start: a sandbox without limits needs none."""
+    lacking = limits.lacking()
+    found = ", ".join(sorted(limits.NEEDED_V2 & limits.controllers())) or "none"
+    version = "v2" if limits.is_v2() else "v1"
+    if lacking:
+        mend = f"mount cgroups with {', '.join(lacking)} too: --memory and --cpus are refused"
+        return Row("cgroups", found, version, True, mend)
+    return Row("cgroups", found, version, True, "")
 
 
 def _runsc(settings: Settings) -> Row:

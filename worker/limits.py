@@ -27,8 +27,9 @@ LEAST_MEMORY = 24 * 2**20
 # A start takes 10 s at 0.01 (both, measured), of the 30 s that a verb has; the kernel's least is 1 ms.
 LEAST_CPUS = 0.01
 CPU_PERIOD_US = 100_000
-NEEDED = frozenset({"cpu", "memory"})  # runsc insists on these two, whichever limit is set
-NEEDED_V2 = NEEDED | {"cpuset"}
+# runsc insists on these, whichever limit is set.
+NEEDED = frozenset({"cpu", "memory"})
+NEEDED_V2 = NEEDED | {"cpuset", "io", "pids"}
 LEAVE_S = 5.0  # killed processes have left their cgroup within this time
 MIB = 2**20
 
@@ -69,9 +70,13 @@ def controllers() -> frozenset[str]:
     return frozenset().union(*(v1 or [tree.controllers for tree in found]))
 
 
-def _suffices(found: frozenset[str]) -> bool:
-    is_v2 = all(tree.is_v2 for tree in trees())
-    return found >= (NEEDED_V2 if is_v2 else NEEDED)
+def is_v2() -> bool:
+    return all(tree.is_v2 for tree in trees())
+
+
+def lacking() -> list[str]:
+    """The controllers that runsc needs for any limit by cgroup and this host has not."""
+    return sorted((NEEDED_V2 if is_v2() else NEEDED) - controllers())
 
 
 # -- what a sandbox may use ------------------------------------------------------------------------
@@ -108,11 +113,9 @@ def check_here(spec: Spec) -> None:
         BadInput: A limit needs a cgroup controller that is not there.
     """
     wanted = [name for name, value in (("memory", spec.memory_bytes), ("cpus", spec.cpus)) if value]
-    found = controllers()
-    if wanted and not _suffices(found):
-        words = ", ".join(sorted(found)) or "none"
-        why = f"this host has not the cgroup controllers for it (it has {words})"
-        raise BadInput(wanted[0], why, "mount cgroups with memory, cpu and cpuset, or leave the limit out")
+    if wanted and lacking():
+        why = f"this host lacks the cgroup controllers {', '.join(lacking())}"
+        raise BadInput(wanted[0], why, "mount them, or leave the limit out")
 
 
 def cgroup_of(spec: Spec, container_id: str, *, default_pids: int | None) -> str | None:
@@ -123,7 +126,7 @@ def cgroup_of(spec: Spec, container_id: str, *, default_pids: int | None) -> str
     """
     asks = spec.memory_bytes is not None or spec.cpus is not None
     if not asks and spec.pids not in (None, default_pids):
-        asks = "pids" in controllers() and _suffices(controllers())
+        asks = "pids" in controllers() and not lacking()
     return f"/{PARENT}/{container_id}" if asks else None
 
 
@@ -163,13 +166,13 @@ def most_host_tasks(pids: int) -> int:
 def _counts_swap() -> bool:
     """Where the kernel has no swap accounting runsc would fail to write the limit.
 
-    v2 has no such file in its root, and has the accounting wherever it has the controller, unless
-    the kernel was built without swap.
+    v2 has no such file in its root: there the cgroups that are there already tell.
     """
     v1 = [tree.mount for tree in trees() if not tree.is_v2 and "memory" in tree.controllers]
     if v1:
         return any((mount / "memory.memsw.limit_in_bytes").exists() for mount in v1)
-    return Path("/proc/swaps").exists()
+    below = [folder for tree in trees() if tree.is_v2 for folder in tree.mount.glob("*/memory.max")]
+    return any((file.parent / "memory.swap.max").exists() for file in below)
 
 
 def in_words(size: int) -> str:
@@ -181,6 +184,14 @@ def in_words(size: int) -> str:
 
 
 # -- the cgroup of a sandbox -----------------------------------------------------------------------
+
+
+def prepare() -> None:
+    """Make the folder for all of ours in v2: a runsc that made it would remove it when it fails, from
+    under the `create` of another sandbox. In v1 it only removes the sandbox's own."""
+    for tree in trees():
+        if tree.is_v2 and is_v2():
+            (tree.mount / PARENT).mkdir(exist_ok=True)
 
 
 def was_oom_killed(container_id: str) -> bool:

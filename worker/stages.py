@@ -153,6 +153,8 @@ def start_container(host: Host, journal: Journal) -> dict[str, Any]:
     """
     container_id, path = journal.container_id, netns.netns_path(journal.container_id)
     runsc = runsc_of(host, journal)
+    if runsc.has_cgroup:
+        limits.prepare()
     try:
         conmon.create(runsc, host.settings, container_id, journal.bundle, journal.log_path, path)
         _confirm_binds(host, journal)

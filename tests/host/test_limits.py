@@ -148,15 +148,13 @@ def test_a_limit_that_cannot_work_is_refused_with_the_least_that_does(clean_syst
 def test_an_orphaned_cgroup_is_found_and_removed(clean_system: System) -> None:
     """The folder for all is no leak; one with an id that no journal has is, and what still runs in it."""
     orphan = new_container_id()
-    made = [
-        tree.mount / limits.PARENT / orphan
-        for tree in limits.trees()
-        if {"memory", "pids"} & tree.controllers and tree.mount.is_dir()
-    ]
+    trees = [one for one in limits.trees() if one.is_v2 or {"memory", "pids"} & one.controllers]
+    made = sorted({one.mount / limits.PARENT / orphan for one in trees if one.mount.is_dir()})
     for folder in made:
         folder.mkdir(parents=True)
     with subprocess.Popen(["sleep", "60"]) as left:
-        (made[0] / "cgroup.procs").write_text(str(left.pid))
+        for folder in made:
+            (folder / "cgroup.procs").write_text(str(left.pid))
         assert sorted(clean_system.audit()) == sorted(f"extra cgroup {folder}" for folder in made)
         clean_system.cli("audit", "--mend")
         assert left.wait(10) == -9
@@ -184,6 +182,20 @@ def test_killed_around_its_cgroup_nothing_is_left(make_system: Any) -> None:
         system.cli("rm", "--all")
         assert (folders(one), system.audit()) == ([], []), point
         system.stop()
+
+
+def test_an_oom_while_no_worker_lives_is_known_later(make_system: Any) -> None:
+    """The cgroup stays until the undo, and with it what the kernel noted."""
+    system = make_system()
+    system.start()
+    (one,) = system.run(
+        "--memory", "64m", "--wait", "--", "python3", "-c", f"import time; time.sleep(5)\n{EATER}"
+    )
+    system.kill_worker()
+    system.wait_until((system.run_dir / "exits" / one).exists, 30, "exit code")
+    system.start()
+    assert system.wait([one], "terminal") == {one: "failed"}
+    assert (system.show(one)["reason"], system.audit()) == ("oom", [])
 
 
 # -- the stages alone --------------------------------------------------------------------------------

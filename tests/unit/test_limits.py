@@ -7,6 +7,7 @@ import pytest
 from worker import limits
 from worker.bundle import make_config
 from worker.errors import BadInput, SandbatchError
+from worker.launch import with_host_limits
 from worker.limits import Tree, find_trees
 from worker.settings import Settings
 from worker.spec import Spec, make_spec
@@ -100,30 +101,47 @@ def test_a_limit_of_processes_works_without_cgroups(tmp_path, trees):
     assert "cgroupsPath" not in made["linux"]
     assert {"type": "RLIMIT_NPROC", "soft": 20, "hard": 20} in made["process"]["rlimits"]
     limits.check_here(make_spec(args=["true"], pids=20))
-    with pytest.raises(BadInput, match=r"cpus: this host has not the cgroup controllers .*it has none"):
+    with pytest.raises(BadInput, match="cpus: this host lacks the cgroup controllers"):
         limits.check_here(make_spec(args=["true"], cpus=1.0))
 
 
-def test_v2_needs_cpuset_as_well(trees):
-    """runsc fails without: `mandatory cgroup controller "cpuset" is missing`."""
+def test_v2_needs_more_than_what_is_limited(trees):
+    """runsc fails without: `mandatory cgroup controller "pids" is missing` (both runscs)."""
     spec = make_spec(args=["true"], memory_bytes=2**30)
     trees(v2="cpu,memory,pids")
-    with pytest.raises(BadInput, match="memory"):
+    with pytest.raises(BadInput, match="memory: this host lacks the cgroup controllers cpuset, io;"):
         limits.check_here(spec)
 
 
-def test_v2_with_all_of_them_suffices(trees):
-    trees(v2="cpu,cpuset,memory,pids,io")
+@pytest.mark.parametrize("has_swap", [True, False])
+def test_v2_has_one_tree_with_all_of_them(tmp_path, trees, has_swap):
+    mount = trees(v2="cpu,cpuset,memory,pids,io")["v2"]
+    (mount / "system.slice").mkdir()
+    for name in ("memory.max", *(["memory.swap.max"] if has_swap else [])):
+        (mount / "system.slice" / name).touch()
     limits.check_here(make_spec(args=["true"], memory_bytes=2**30))
+    memory = config(tmp_path, memory_bytes=2**30)["linux"]["resources"]["memory"]
+    assert memory == {"limit": 2**30, **({"swap": 2**30} if has_swap else {})}
+    limits.prepare()
+    limits.prepare()
+    assert (mount / limits.PARENT).is_dir()
 
 
-def test_the_defaults_of_a_host_fill_what_is_not_said():
+def test_in_v1_runsc_makes_the_folder_for_all_of_ours(trees):
+    mounts = trees(memory="rw,memory", v2="")
+    limits.prepare()
+    assert [list(mount.iterdir()) for mount in mounts.values()] == [[], []]
+
+
+def test_the_defaults_of_a_host_fill_what_is_not_said(trees):
+    trees(memory="rw,memory", cpu="rw,cpu")
     asked = make_spec(args=["true"], memory_bytes=2**30)
-    spec = limits.with_defaults(asked, memory_bytes=2**29, cpus=2.0, pids=1024)
+    spec = with_host_limits(asked, Settings(default_memory="512m", default_cpus=2.0))
     assert (spec.memory_bytes, spec.cpus, spec.pids) == (2**30, 2.0, 1024)
     assert Spec(**spec.model_dump()) == spec  # a journal can be read again
-    none = limits.with_defaults(asked, memory_bytes=None, cpus=None, pids=None)
-    assert none == asked
+    assert with_host_limits(asked, Settings(default_pids=0)) == asked
+    with pytest.raises(BadInput, match="give it 24m or more"):
+        with_host_limits(make_spec(args=["true"], memory_bytes=2**20), Settings())
 
 
 @pytest.mark.parametrize(
