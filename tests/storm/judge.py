@@ -16,7 +16,6 @@ from tests.storm.system import StormSystem
 from worker import procs
 
 SETTLE_S = 90.0
-GHOST_S = 8.0  # within this time a worker has seen what ended, also without an exit code
 TERMINAL = ("exited", "failed", "cancelled")
 CODES = {"short": {3, 137}, "failing": {5, 137}}  # 137: a blow of the storm's own ended it
 CONTAINER_ID = re.compile(r"sb-[0-9a-f]{16}")
@@ -57,7 +56,7 @@ def _settled(system: StormSystem) -> dict[str, dict[str, Any]]:
     began = time.monotonic()
     while True:
         rows, waited_s = system.rows(), time.monotonic() - began
-        is_done = not _under_way(rows) and (not _ghosts(system, rows) or waited_s > GHOST_S)
+        is_done = not _under_way(rows) and not _ghosts(system, rows)
         if is_done or waited_s > SETTLE_S:
             return rows
         time.sleep(0.3)

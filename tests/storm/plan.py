@@ -24,6 +24,8 @@ POINTS = (
     "cni.*.DEL.*",
     "conmon.create.*",
     "runsc.start.*",
+    "nft.*",
+    "cgroup.remove.*",
     "message.place.*",
     "message.ready.*",
     "message.unwind.*",
@@ -38,7 +40,7 @@ POINTS = (
 MISCHIEF = ("exit1", "enospc", "slow:0.4", "hang")  # faults that leave the worker alive
 PLUGINS = ("bridge", "host-local", "storm")
 MISDEEDS = ("exit1", "hang", "garbage", "late", "dies")
-KINDS = ("server", "server", "server", "short", "ageing", "failing", "absent", "silent", "crowd")
+KINDS = ("server", "server", "laden", "laden", "short", "ageing", "failing", "absent", "silent", "crowd")
 BLOWS = ("fault",) * 9 + ("worker",) * 4 + ("early",) * 3 + ("tini",) * 2 + ("up",) * 2 + ("broker",) * 3
 ROLES = ("conmon", "sandbox", "gofer")
 

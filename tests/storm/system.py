@@ -1,6 +1,7 @@
 """The system that a storm goes over: a System of the host tests whose parts may be dead at any time."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from cli.client import Client
 from tasks.submit import remove, stop, submit
 from tests.host.system import System
 from tests.storm.plan import PLUGINS
-from worker import procs
+from worker import limits, procs
 from worker.errors import SandbatchError
 from worker.settings import Settings
 from worker.spec import Spec, make_spec
@@ -70,6 +71,8 @@ class StormSystem(System):
             self.start_broker()
         base = self.subnet.removesuffix(".0/24")
         self.network("bridged", chain=("storm",))
+        self.network("laden", chain=("storm", "portmap"))
+        self.let_publish("laden")
         self.network("crowd", rangeStart=f"{base}.200", rangeEnd=f"{base}.{199 + CROWD}")
         self.heal()
 
@@ -77,6 +80,13 @@ class StormSystem(System):
     def settings(self) -> Settings:
         ours = {k: v for k, v in self.environment.items() if k.startswith("SANDBATCH_")}
         return Settings(**{k.removeprefix("SANDBATCH_").lower(): v for k, v in ours.items()})
+
+    def let_publish(self, network: str) -> None:
+        """Let the portmap of a network have what its sandboxes publish."""
+        file = self.conf_dir / f"{network}.conflist"
+        document = json.loads(file.read_text())
+        document["plugins"][-1]["capabilities"] = {"portMappings": True}
+        file.write_text(json.dumps(document))
 
     # -- its processes -----------------------------------------------------------------------------
 
@@ -161,6 +171,8 @@ class StormSystem(System):
         if self.broker is not None:
             self.broker.stop()
         procs.end(procs.all_sandbox_processes(self.settings.runsc_root), timeout_s=10)
+        for folder in self.sandboxes.glob("sb-*"):  # what a finding has left: the folders are kept to look at
+            limits.remove_cgroups(folder.name)
         for bridge in (self.bridge, *filter(None, [self._own_bridge()])):
             subprocess.run(["ip", "link", "del", bridge], check=False, capture_output=True)
 
@@ -265,6 +277,17 @@ def spec(kind: str) -> Spec:
         return make_spec(args=["sleep", "600"], ready="tcp:8000", ready_timeout_s=1.0, **fields)
     if kind == "crowd":
         fields["network"] = "crowd"
+    if kind == "laden":  # with all that leaves something of its own on the host
+        fields |= {
+            "network": "laden",
+            "publish": [{"port": 8000}],
+            "egress": ["10.0.0.0/8:53/udp"],
+            "isolate": True,
+            "memory_bytes": 256 << 20,
+            "cpus": 2.0,
+            "mounts": [{"type": "tmpfs", "target": "/data"}],
+            "writable": "memory",
+        }
     return make_spec(args=server, cwd="/var/www/html", ready="http:8000/", ready_timeout_s=40.0, **fields)
 
 
