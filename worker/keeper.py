@@ -261,7 +261,8 @@ class Keeper:
         """Probe until the sandbox answers, or its time is up; an end cancels this."""
         left_s = known.spec.ready_timeout_s - (time.time() - _begun_at(known))
         try:
-            outcome, detail = "answered", await asyncio.wait_for(until_ready(known), max(0.0, left_s))
+            async with asyncio.timeout(max(0.0, left_s)):
+                outcome, detail = "answered", await until_ready(known)
         except TimeoutError:
             outcome = "deadline"
             detail = f"no answer to {known.spec.ready} within {known.spec.ready_timeout_s:g} s"

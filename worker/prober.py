@@ -1,4 +1,8 @@
-"""The probe of a sandbox: does it answer? `worker.keeper` runs it, and has the deadline."""
+"""The probe of a sandbox: does it answer? `worker.keeper` runs it, and has the deadline.
+
+No `asyncio.wait_for` here: that of Python 3.11 loses a cancellation that comes at the moment at which
+what it waits for ends, so that a probe went on for ever (seen on a busy machine).
+"""
 
 import asyncio
 
@@ -28,14 +32,16 @@ async def until_ready(known: Journal) -> str:
 
 
 async def _tcp(address: str, port: int) -> str:
-    _, writer = await asyncio.wait_for(asyncio.open_connection(address, port), CONNECT_TIMEOUT_S)
+    async with asyncio.timeout(CONNECT_TIMEOUT_S):
+        _, writer = await asyncio.open_connection(address, port)
     writer.close()
     return f"{address}:{port} accepts"
 
 
 async def _http(address: str, port: int, path: str) -> str:
     """Ready is any status below 400, as for Kubernetes' httpGet probes."""
-    reader, writer = await asyncio.wait_for(asyncio.open_connection(address, port), CONNECT_TIMEOUT_S)
+    async with asyncio.timeout(CONNECT_TIMEOUT_S):
+        reader, writer = await asyncio.open_connection(address, port)
     host = f"[{address}]" if ":" in address else address
     try:
         writer.write(f"GET {path} HTTP/1.0\r\nHost: {host}:{port}\r\nUser-Agent: sandbatch\r\n\r\n".encode())
