@@ -292,7 +292,8 @@ class CallService:
             self._live.pop(one.in_key, None)
         if error is not None:
             with contextlib.suppress(Lost, TimeoutError, redis.RedisError):
-                await asyncio.wait_for(one.send("error", json.dumps(_document(error)).encode()), PING_S)
+                async with asyncio.timeout(PING_S):
+                    await one.send("error", json.dumps(_document(error)).encode())
 
     async def _watch_over(self) -> None:
         """Signs of life to the clients, and an end to the calls of those that give none."""

@@ -24,7 +24,7 @@ LACKING = {
 # A burst is needed with each rate. A tenth of a second of it lets TCP reach the rate; kubelet's
 # 2^32 bits would be half a gigabyte before anything is limited. 64 KiB: a whole GSO packet.
 BURST_S, LEAST_BURST_BITS, MOST_BURST_BITS = 0.1, 8 * 65536, 2**32 - 1
-# tbf counts the time of a burst in 64 ns ticks, in 32 bits; the plugin lets it wrap (measured).
+# tbf counts the time of a burst in 64 ns ticks, in 32 bits, and the plugin lets it wrap (its source).
 LONGEST_BURST_S = 270
 
 

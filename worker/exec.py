@@ -211,7 +211,8 @@ class _Run:
             if self._exited.is_set():
                 return self._pid_file.exists()
             with suppress(TimeoutError):  # runsc writes the file just after the start
-                await asyncio.wait_for(self._exited.wait(), LOOK_S)
+                async with asyncio.timeout(LOOK_S):
+                    await self._exited.wait()
         return True
 
     async def _feed(self) -> None:
@@ -262,7 +263,8 @@ class _Run:
         if pid is not None and not self._exited.is_set():
             await asyncio.to_thread(end_tree, self._runsc, self._call.container_id, pid)
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._exited.wait(), FAREWELL_S)
+            async with asyncio.timeout(FAREWELL_S):
+                await self._exited.wait()
 
     def _not_started(self) -> Ended:
         """runsc could not start the command: as a shell has it, 127 if there is none, else 126."""
