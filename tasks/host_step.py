@@ -25,6 +25,8 @@ from worker import journal as journals
 from worker import logs, reconcile
 from worker.capabilities import advertised
 from worker.cni_config import list_networks
+from worker.egress_guard import Guard
+from worker.errors import SandbatchError
 from worker.journal import boot_id
 from worker.keeper import Keeper
 from worker.launch import begin_waiting
@@ -50,6 +52,7 @@ class HostStep(bootsteps.StartStopStep):
         self._owner = host_owner(self._settings)
         self._broker_life = ""
         self._later = reconcile.Later(self._settings)
+        self._guard = Guard(self._settings)
         self._keeper = Keeper(self._settings, workflow.this_host(), Messages())
         self._keeper.start()
         self._calls = make_service(self._settings)
@@ -76,7 +79,7 @@ class HostStep(bootsteps.StartStopStep):
                 if due_s <= 0:
                     self._reconcile()
                     due_s = self._settings.reconcile_s
-            except (redis.RedisError, KombuError, OSError) as error:
+            except (redis.RedisError, KombuError, OSError, SandbatchError) as error:
                 log.warning("host %s: its look at what is due is put off: %s", self._settings.host, error)
                 due_s = 0.0
             except Exception:  # a defect must not end the looks that keep the promise
@@ -105,6 +108,7 @@ class HostStep(bootsteps.StartStopStep):
         sweep_host(workflow.app, self._record, host, sandboxes, is_first=is_first)
         sweep_fleet(workflow.app, self._record)
         type(self).due_at_start = None  # only now: without a broker it is still due
+        self._guard.look(self._later.up)
 
     def _carry_out(self, due: reconcile.Due) -> None:
         for known in due.relaunch:

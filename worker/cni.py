@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from worker import cni_cache, process
-from worker.cni_config import VERSIONS, Network, network_from_bytes
+from worker.cni_config import VERSIONS, Network
 from worker.cni_json import loads
 from worker.cni_result import converted, result_ips, typed
 from worker.errors import BadInput, BadNetwork, CniPluginError, SandbatchError
@@ -218,19 +218,6 @@ class CniRuntime:
 
     def is_attached(self, network_name: str, attachment: Attachment) -> bool:
         return self._entry(network_name, attachment) is not None
-
-    def cached_network(self, network_name: str, attachment: Attachment) -> Network:
-        """The network as it was at ADD: DEL uses this, not the file of today.
-
-        Raises:
-            BadNetwork: Nothing is attached.
-        """
-        entry = self._entry(network_name, attachment)
-        if entry is None:
-            raise BadNetwork(
-                f"network {network_name}", f"{attachment.container_id} is not attached", "see sandbatch audit"
-            )
-        return network_from_bytes(entry.config, where=f"CNI cache entry {entry.path}")
 
     def _del(self, network: Network, attachment: Attachment) -> None:
         result = self._result_for_del(network, attachment)

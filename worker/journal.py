@@ -367,16 +367,6 @@ def set_aside_files(folder: Path) -> list[Path]:
         return []
 
 
-def is_unreadable(sandboxes_dir: Path, container_id: str) -> bool:
-    """A sandbox came here, and its journal cannot be read (any more): nothing is known of it."""
-    folder = sandboxes_dir / container_id
-    try:
-        read(folder)
-    except JournalError as error:
-        return bool(error.kind or set_aside_files(folder))
-    return False
-
-
 def read_all(sandboxes_dir: Path) -> tuple[list[Journal], list[JournalError]]:
     """Every journal of this host, without their locks, and the folders that cannot be read."""
     journals, errors = [], []

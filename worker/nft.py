@@ -63,6 +63,12 @@ def drop_empty_tables() -> None:
             raise
 
 
+def table_handles() -> dict[str, int]:
+    """Family -> handle of our table in it; a table that is made anew has another."""
+    tables = [one["table"] for one in _list("tables") if "table" in one]
+    return {one["family"]: int(one["handle"]) for one in tables if one["name"] == TABLE}
+
+
 def held() -> Held:
     """List our tables. With a thousand policies that is 2 to 3 s of CPU: never during a launch."""
     found = Held()

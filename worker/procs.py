@@ -103,12 +103,6 @@ def start_time(pid: int) -> int | None:
     return int(fields[19]) if fields else None
 
 
-def is_zombie(proc: Proc) -> bool:
-    """The process has ended and nobody has reaped it: runsc still takes it for running."""
-    fields = _stat(proc.pid)
-    return bool(fields) and fields[0] == "Z" and int(fields[19]) == proc.start_time
-
-
 def identify(pid: int, root: Path) -> Proc | None:
     """What this process is to the sandboxes below `root`; None for a stranger."""
     words = _command_line(pid)

@@ -150,6 +150,11 @@ class Later:
             if name in written or not roles.get(name, set()) >= {"conmon", "sandbox"}:
                 due.ended.append(known)
 
+    @property
+    def up(self) -> list[Journal]:
+        """The sandboxes that were up at the last look."""
+        return list(self._up.values())
+
     def settle(self, container_id: str) -> None:
         """The report of the last look has arrived: leave the journal alone until it is written again."""
         if container_id in self._written:

@@ -232,16 +232,6 @@ def test_a_plugin_that_is_missing_says_where_it_was_looked_for(lab):
     assert lab.runtime.missing_plugins(network) == ["three", "four"]
 
 
-def test_del_has_the_configuration_of_add_whatever_the_file_says_now(lab):
-    network = lab.network({"type": "one", "mtu": 1}, {"type": "two"})
-    lab.runtime.cni_add(network, lab.attachment)
-    then = lab.runtime.cached_network("net", lab.attachment)
-    assert (then.plugins, then.cni_version) == (network.plugins, "1.0.0")
-    lab.runtime.cni_del(then, lab.attachment)
-    with pytest.raises(BadNetwork, match="is not attached"):
-        lab.runtime.cached_network("net", lab.attachment)
-
-
 def test_check_of_a_list_that_has_none_is_bad_input(lab):
     with pytest.raises(BadNetwork, match=r"CNI 0.3.1 has no CHECK; raise its cniVersion"):
         lab.runtime.cni_check(lab.network(version="0.3.1"), lab.attachment)

@@ -300,8 +300,6 @@ def test_a_journal_that_cannot_be_read_is_set_aside_under_a_name_that_says_why(
 ):
     """An operator sees at a glance what it is; its bytes are kept as they are."""
     (known.folder / FILE).write_text(content)
-    assert journal.is_unreadable(sandboxes, ID)
-
     aside = journal.set_aside(known.folder)
 
     assert aside is not None
@@ -309,7 +307,6 @@ def test_a_journal_that_cannot_be_read_is_set_aside_under_a_name_that_says_why(
     assert aside.read_text() == content
     assert os.listdir(known.folder) == [aside.name]
     assert journal.set_aside_files(known.folder) == [aside]
-    assert journal.is_unreadable(sandboxes, ID)
     assert journal.set_aside(known.folder) is None
 
 
@@ -325,9 +322,7 @@ def test_what_is_no_file_is_no_journal_and_is_not_opened(known, sandboxes, make)
 
 def test_a_journal_that_can_be_read_is_not_set_aside(known, sandboxes):
     assert journal.set_aside(known.folder) is None
-    assert not journal.is_unreadable(sandboxes, ID)
     assert journal.set_aside(sandboxes / "none") is None
-    assert not journal.is_unreadable(sandboxes, "sb-" + "0" * 16)
 
 
 def test_no_new_journal_takes_the_place_of_one_that_was_set_aside(known, sandboxes):
