@@ -21,6 +21,7 @@ log = logging.getLogger("sandbatch")
 
 FIRST_BACKOFF_S, LAST_BACKOFF_S = 1.0, 60.0
 LONG_RUN_S = 60.0  # who ran so long begins with the shortest backoff again
+SHOWN_LINES = 5
 KILLED_S = 5.0  # a killed sandbox and its conmon are gone within this time
 
 
@@ -144,7 +145,13 @@ def _unready(known: Journal, code: int | None, oom: bool) -> str:
     if oom and code != 0:
         return f"{limits.oom_words(known.spec)}, before it was ready"
     how = "was killed from outside" if code is None else f"ended with exit code {code}"
-    return f"it {how} before it was ready"
+    return f"it {how} before it was ready{last_words(known)}"
+
+
+def last_words(known: Journal) -> str:
+    """What the sandbox wrote last, to be put behind what went wrong: the best hint at why."""
+    words = conmon.tail_log(known.log_path, SHOWN_LINES).strip()
+    return f"; its last words: {words}" if words else "; it wrote nothing"
 
 
 def _error(message: str) -> dict[str, str]:

@@ -31,7 +31,6 @@ from worker.spec import CONTAINER_ID
 from worker.stages import Host
 
 log = logging.getLogger("sandbatch")
-SHOWN_LINES = 5
 LOCK_WAIT_S = 5.0
 AGAIN_S = 1.0  # after an act that found the sandbox busy, or a kill that did not end it
 MAX_KILLS = 10
@@ -269,15 +268,10 @@ class Keeper:
         except Exception as error:  # noqa: BLE001 - whatever it is, somebody waits for an outcome
             outcome, detail = "failed", f"it cannot be probed: {error}"
         if outcome != "answered":
-            detail += _log_words(known)
+            detail += ends.last_words(known)
         self._say(self._tell.ready, known.container_id, known.attempt, outcome, detail)
 
 
 def _begun_at(known: Journal) -> float:
     started = [run.started_at for run in known.runs if run.name == "ready" and run.verb == "do"][-1]
     return datetime.fromisoformat(started).timestamp()
-
-
-def _log_words(known: Journal) -> str:
-    words = conmon.tail_log(known.log_path, SHOWN_LINES).strip()
-    return f"; its last words: {words}" if words else "; it wrote nothing"

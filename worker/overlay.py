@@ -24,7 +24,7 @@ def check_overlay(spec: Spec, runsc: Runsc) -> None:
     Raises:
         BadInput: It has no limit for a writable root; on disk there must be one.
     """
-    if runsc.limits_overlay or spec.writable == "no":
+    if spec.writable == "no" or runsc.limits_overlay:
         return
     if spec.writable == "disk":
         why = "this host's runsc cannot limit what it takes of the disk"

@@ -94,10 +94,12 @@ def test_a_sandbox_that_ends_before_it_is_ready(clean_system: System):
 
 
 def test_a_working_directory_that_the_rootfs_lacks(clean_system: System):
-    """runsc would make it on the host: refused in the bundle."""
-    error = failed(clean_system, "--cwd", "/no/such", "--", "true")
-    assert error["stage"] == "bundle"
-    assert "cwd /no/such" in error["message"]
+    """runsc would make it on the host: refused before anything is made."""
+    before = clean_system.ls()
+    done = clean_system.cli("run", "--cwd", "/no/such", "--", "true", check=False)
+    assert done.returncode == 2
+    assert "cwd /no/such" in done.stderr
+    assert clean_system.ls() == before
 
 
 def test_a_runsc_that_is_gone(make_system):

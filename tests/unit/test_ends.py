@@ -118,7 +118,7 @@ def test_one_that_was_to_answer_and_ended_first_has_failed(settings, running):
     assert known.facts["wanted"] == "failed"
     assert known.facts["error"] == {
         "stage": "ready",
-        "message": "it ended with exit code 0 before it was ready",
+        "message": "it ended with exit code 0 before it was ready; it wrote nothing",
     }
 
 
