@@ -20,6 +20,8 @@ from worker.settings import Settings
 PID_FILE, CONMON_PID_FILE, CONMON_OUTPUT = "pid", "conmon.pid", "conmon.err"
 # conmon's own files in the bundle folder: gone with the container, so that a new create finds none.
 OWN_FILES = (PID_FILE, CONMON_PID_FILE, CONMON_OUTPUT, "attach", "ctl", "winsz", "oom")
+# A process in its execve has no command line to know it by (seen: a gofer whose runsc was just killed).
+NAMING_S, NAMING_PAUSE_S = 1.0, 0.005
 FAREWELL_S = 2.0  # conmon has this long to write log and exit file after the sandbox's end
 TAIL_BYTES = 1 << 16
 LOG_LINE = re.compile(r"^\S+ (?:stdout|stderr) ([FP]) ?(.*)$", re.DOTALL)
@@ -86,11 +88,14 @@ def _cut_log(log_path: Path, limit_bytes: int) -> None:
         pass  # the first start
 
 
-def end_container(runsc: Runsc, container_id: str, bundle_dir: Path, exit_dir: Path) -> None:
+def end_container(
+    runsc: Runsc, container_id: str, bundle_dir: Path, exit_dir: Path, *, is_half_made: bool = True
+) -> None:
     """Undo `create` and `start`: no process, state file, socket or exit file of the id is left.
 
     Safe to repeat, after a half-done create, and after a SIGKILL of any of its processes. The
-    bundle, the log and the netns stay. Read `exit_code` before.
+    bundle, the log and the netns stay. Read `exit_code` before. `is_half_made`: its create may not
+    have come to its end, so that processes of it may be just about to begin.
 
     Raises:
         RunscError: A process does not die; nothing was removed.
@@ -98,6 +103,11 @@ def end_container(runsc: Runsc, container_id: str, bundle_dir: Path, exit_dir: P
     # By hand, not by `runsc delete --force`: with our flags it does no more than this (seen with the
     # 2024 and 2026 ones), costs 10 to 20 ms of CPU, takes a zombie for alive, and then waits.
     _end_processes(runsc, container_id)
+    if is_half_made:
+        deadline = time.monotonic() + NAMING_S
+        while procs.is_one_being_named() and time.monotonic() < deadline:
+            time.sleep(NAMING_PAUSE_S)  # nothing tells the end of an execve
+        _end_processes(runsc, container_id)
     # In the root: `<id>_sandbox:<id>.state`, its `.lock`, and the control socket `runsc-<id>.sock`.
     own_files = [bundle_dir / name for name in OWN_FILES]
     for path in (*_entries(runsc.root, container_id), *own_files, *_entries(exit_dir, container_id)):

@@ -192,7 +192,13 @@ def end_container(host: Host, journal: Journal) -> None:
         facts["oom"] = True  # and this before the cgroup does
     if facts:
         journal.set_facts(**facts)
-    conmon.end_container(host.runsc, journal.container_id, journal.bundle, host.settings.exit_dir)
+    conmon.end_container(
+        host.runsc,
+        journal.container_id,
+        journal.bundle,
+        host.settings.exit_dir,
+        is_half_made=not journal.is_done("container"),
+    )
     limits.remove_cgroups(journal.container_id)
 
 
