@@ -120,16 +120,17 @@ class CniRuntime:
             for number, plugin in enumerate(network.plugins)
         ]
 
-    def cni_del(self, network: Network, attachment: Attachment) -> None:
+    def cni_del(self, network: Network, attachment: Attachment, made: dict[str, Any] | None = None) -> None:
         """Detach. Safe to repeat, and after a failed or half-done ADD.
 
         Where ADD's result is cached, the plugins find the netns as ADD left it (`world_put_back`).
+        `made` is what a caller knows of an ADD that never finished, as a result of CNI 1.0.
 
         Raises:
             CniPluginError: A plugin reported an error; those before it in the list did not run.
         """
         with self._locked(fcntl.LOCK_SH):
-            self._del(network, attachment)
+            self._del(network, attachment, made)
 
     def cni_check(self, network: Network, attachment: Attachment) -> None:
         """Ask each plugin whether the attachment is as ADD made it; nothing if the list disables it.
@@ -219,18 +220,17 @@ class CniRuntime:
     def is_attached(self, network_name: str, attachment: Attachment) -> bool:
         return self._entry(network_name, attachment) is not None
 
-    def _del(self, network: Network, attachment: Attachment) -> None:
+    def _del(self, network: Network, attachment: Attachment, made: dict[str, Any] | None = None) -> None:
         result = self._result_for_del(network, attachment)
         # Below 0.4.0 the plugins get no prevResult; the netns is made as it was all the same.
         prev_result = result if network.is_at_least("0.4.0") else None
         with contextlib.ExitStack() as stack:
-            if result is None:  # nobody knows what ADD has made; the plugins go by the netns and the id
+            if result is not None:
+                made = converted(result, VERSIONS[-1])
+            if made is None:  # nobody knows what ADD has made; the plugins go by the netns and the id
                 remove_half_made(attachment.netns_path)
             else:
-                world = world_put_back(
-                    attachment.netns_path, attachment.if_name, converted(result, VERSIONS[-1])
-                )
-                stack.enter_context(world)
+                stack.enter_context(world_put_back(attachment.netns_path, attachment.if_name, made))
             for plugin in reversed(network.plugins):
                 self._run_del(plugin["type"], attachment, _stdin(network, plugin, attachment, prev_result))
         self._forget(network, attachment)

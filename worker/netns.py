@@ -100,6 +100,22 @@ def addresses_in(path: Path) -> list[Any]:
     return found
 
 
+def addresses_on(path: Path, if_name: str) -> list[str]:
+    """The addresses, with their prefix length, of one link of another netns; none where either is missing."""
+    found: list[str] = []
+
+    def look(ipr: IPRoute) -> None:
+        for index in ipr.link_lookup(ifname=if_name):
+            for one in ipr.get_addr(index=index):
+                address = f"{one.get_attr('IFA_ADDRESS')}/{one['prefixlen']}"
+                if not ip_interface(address).is_link_local:
+                    found.append(address)
+
+    if _is_netns(path):
+        _inside(path, look)
+    return found
+
+
 @contextlib.contextmanager
 def world_put_back(path: Path, if_name: str, result: dict[str, Any]) -> Iterator[None]:
     """`put_world_back` for the time of a DEL: what was made for it and is left after it goes again.

@@ -72,8 +72,33 @@ def attach(host: Host, journal: Journal) -> dict[str, Any]:
 def detach(host: Host, journal: Journal) -> None:
     """CNI DEL for each network, last to first, with the configuration that its ADD had."""
     for one in reversed(attachments.planned(journal)):
-        host.cni.cni_del(one.network, one.attachment)
+        host.cni.cni_del(one.network, one.attachment, _unfinished(host, journal, one))
+    if journal.facts.get("unfinished"):
+        journal.set_facts(unfinished=None)
     ports.release(host.settings, journal.container_id)
+
+
+def _unfinished(host: Host, journal: Journal, one: attachments.Planned) -> dict[str, Any] | None:
+    """What an ADD that failed half-way had made of a link: its addresses, noted before the first DEL.
+
+    The bridge plugin finds its rules by the addresses on the link, and takes the link away before the
+    rules: a DEL that is killed in between could never be repeated (storm, seed 22).
+    """
+    if_name = one.attachment.if_name
+    if host.cni.is_attached(one.network.name, one.attachment):
+        return None  # the cache has ADD's result
+    noted = journal.facts.get("unfinished") or {}
+    if if_name not in noted:
+        there = netns.addresses_on(netns.netns_path(journal.container_id), if_name)
+        if not there:
+            return None
+        noted = {**noted, if_name: there}
+        journal.set_facts(unfinished=noted)
+    return {
+        "cniVersion": "1.0.0",
+        "interfaces": [{"name": if_name, "sandbox": str(netns.netns_path(journal.container_id))}],
+        "ips": [{"address": address, "interface": 0} for address in noted[if_name]],
+    }
 
 
 def check_host(host: Host, journal: Journal) -> dict[str, Any]:

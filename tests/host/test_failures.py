@@ -141,3 +141,32 @@ def test_a_second_worker_of_a_host_is_refused(clean_system: System):
     done = clean_system.cli("worker", check=False)
     assert done.returncode == 1
     assert f"another worker (pid {clean_system.worker_pid()}) runs on this machine" in done.stderr
+
+
+# The first DEL takes the link away and goes no further, as one that is killed there.
+CUT_SHORT = """#!/bin/sh
+real=$(ls /opt/cni/bin/bridge /usr/lib/cni/bridge 2>/dev/null | head -n 1)
+if [ "$CNI_COMMAND" = DEL ] && [ ! -e "$0.cut" ]; then
+  touch "$0.cut"
+  nsenter --net="$CNI_NETNS" ip link del "$CNI_IFNAME"
+  echo '{"cniVersion":"1.0.0","code":11,"msg":"cut short"}'
+  exit 1
+fi
+exec "$real"
+"""
+
+
+def test_a_del_after_a_failed_add_that_was_cut_short_is_repeated_whole(clean_system: System):
+    """The bridge plugin finds its rules by the addresses on the link, which is gone by then."""
+    clean_system.faulty_plugin("ADD exit1")
+    clean_system.network("cut", chain=("faulty",))
+    plugin = clean_system.plugins / "bridge"
+    plugin.write_text(CUT_SHORT)
+    plugin.chmod(0o755)
+
+    (one,) = clean_system.run("--network", "cut", *SERVER)
+    assert clean_system.wait([one], "terminal") == {one: "failed"}
+
+    plugin.unlink()
+    assert (clean_system.plugins / "bridge.cut").exists()
+    assert clean_system.audit() == []
