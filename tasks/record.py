@@ -8,7 +8,6 @@ import secrets
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any, cast
 
 import redis
@@ -16,7 +15,7 @@ import redis
 from tasks.scripts import CLAIM, MARK, MOVES_JSON, NAME, NO_RECORD, PUT, TERMINAL_JSON
 from tasks.state import TERMINAL, State
 from tasks.view import shape, view
-from worker.journal import Journal, now
+from worker.journal import Journal, now, seconds
 from worker.spec import Spec
 
 PREFIX = "sandbatch:"
@@ -75,7 +74,7 @@ class Record:
                 pipe.zadd(SANDBOXES, {container_id: score})
                 pipe.zadd(QUEUED, {container_id: score})
                 if spec.deadline_at is not None:
-                    pipe.zadd(DEADLINES, {container_id: _epoch(spec.deadline_at)})
+                    pipe.zadd(DEADLINES, {container_id: seconds(spec.deadline_at)})
             pipe.execute()
 
     def claim(self, container_id: str, host: str, attempt: int) -> bool:
@@ -130,7 +129,7 @@ class Record:
                 "host": host,
             },
         )
-        pipe.zadd(SANDBOXES, {journal.container_id: _epoch(journal.created_at)})
+        pipe.zadd(SANDBOXES, {journal.container_id: seconds(journal.created_at)})
         pipe.sadd(_host_key(host) + ":sandboxes", journal.container_id)
         pipe.execute()
 
@@ -214,7 +213,7 @@ class Record:
             if state is None or state in TERMINAL:
                 self.client.srem(_host_key(host) + ":sandboxes", container_id)
                 continue
-            placed_s = _epoch(placed_at) if placed_at else 0.0
+            placed_s = seconds(placed_at) if placed_at else 0.0
             grace_s = float(stop) if stop else None
             found.append(Wish(container_id, State(state), int(attempt), removed == "1", placed_s, grace_s))
         return found
@@ -287,10 +286,6 @@ class Record:
 
     def leave(self, host: str) -> None:
         self.client.delete(_host_key(host), _host_key(host) + ":owner")
-
-
-def _epoch(stamp: str) -> float:
-    return datetime.fromisoformat(stamp).timestamp()
 
 
 def _key(container_id: str) -> str:

@@ -333,8 +333,7 @@ def _is_alive(container_id: str) -> bool:
     """Whether its processes are there; asked only where conmon has written no exit code."""
     if conmon.exit_code(settings().exit_dir, container_id) is not None:
         return False
-    roles = {one.role for one in procs.processes_of(settings().runsc_root, container_id)}
-    return {"conmon", "sandbox"} <= roles
+    return bool(procs.whole(procs.processes_of(settings().runsc_root, container_id)))
 
 
 def _skip(journal: Journal, name: str) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Protocol
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from worker.errors import BadInput
-from worker.spec import ENV_NAME, ContainerId
+from worker.spec import ContainerId, command, environment
 from worker.spec_parts import text
 
 CURSOR_MOST = 200
@@ -15,18 +15,8 @@ USER = r"^[0-9]{1,10}(:[0-9]{1,10})?$"
 
 
 def _words(value: list[str]) -> list[str]:
-    if not value or not value[0]:
-        raise ValueError("the command is empty, one is needed after --")
-    if any("\0" in word for word in value):
+    if any("\0" in word for word in command(value)):
         raise ValueError("a NUL character cannot be handed over")
-    return value
-
-
-def _env(value: dict[str, str]) -> dict[str, str]:
-    for name, given in value.items():
-        if not ENV_NAME.fullmatch(name):
-            raise ValueError(f"{name!r} is no name of an environment variable")
-        text(given)
     return value
 
 
@@ -56,7 +46,9 @@ class ExecCall(_Call):
 
     verb: Literal["exec"] = "exec"
     args: Annotated[list[str], Field(max_length=10_000), AfterValidator(_words)]
-    env: Annotated[dict[str, str], Field(max_length=1000), AfterValidator(_env)] = Field(default_factory=dict)
+    env: Annotated[dict[str, str], Field(max_length=1000), AfterValidator(environment)] = Field(
+        default_factory=dict
+    )
     cwd: Annotated[str, Field(max_length=4096), AfterValidator(text)] = ""
     user: str = Field(default="", pattern=rf"{USER}|^$")
     stdin: bool = False

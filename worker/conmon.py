@@ -11,7 +11,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from worker import faults, procs
+from worker import faults, k8s_log, procs
 from worker.errors import HostNotReady, ProcessTimeout, RunscError
 from worker.process import last_words
 from worker.runsc import Runsc, clean_env
@@ -24,7 +24,6 @@ OWN_FILES = (PID_FILE, CONMON_PID_FILE, CONMON_OUTPUT, "attach", "ctl", "winsz",
 NAMING_S, NAMING_PAUSE_S = 1.0, 0.005
 FAREWELL_S = 2.0  # conmon has this long to write log and exit file after the sandbox's end
 TAIL_BYTES = 1 << 16
-LOG_LINE = re.compile(r"^\S+ (?:stdout|stderr) ([FP]) ?(.*)$", re.DOTALL)
 
 
 def create(
@@ -134,21 +133,18 @@ def tail_log(log_path: Path, lines: int = 5) -> str:
         with log_path.open("rb") as log:
             size = log.seek(0, os.SEEK_END)
             log.seek(max(0, size - TAIL_BYTES))
-            text = log.read().decode(errors="replace")
+            raw = log.read()
     except FileNotFoundError:
         return ""
-    joined: list[str] = []
+    joined: list[bytes] = []
     is_partial = False
-    for line in text.split("\n"):
-        match = LOG_LINE.match(line)
-        if match is None:
-            continue  # cut off by the seek, or still being written
+    for record in filter(None, map(k8s_log.parse, raw.split(b"\n"))):  # else cut off by the seek
         if is_partial:
-            joined[-1] += match[2]
+            joined[-1] += record.text
         else:
-            joined.append(match[2])
-        is_partial = match[1] == "P"
-    return "\n".join(joined[-lines:])
+            joined.append(record.text)
+        is_partial = record.is_partial
+    return b"\n".join(joined[-lines:]).decode(errors="replace")
 
 
 def _spawn(argv: list[str], output: Path, deadline: float) -> bytes:

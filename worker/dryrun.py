@@ -55,7 +55,7 @@ def dry_run(spec: Spec, settings: Settings) -> dict[str, Any]:
         for end in ends:
             unknown |= {f"host end of {end.name}": end.host_end, f"mac of {end.name}": end.mac}
             unknown |= {f"address of {end.name}": ", ".join(end.addresses)}
-    config = config_of(host, journal, build=False)
+    config, _ = config_of(host, journal, build=False)
     if not any(one["destination"] == RESOLV_CONF for one in config["mounts"]):
         unknown[RESOLV_CONF] = "a bind of its own, if the result of a network names a server"
     journal.data["bundle"] = bundle_data(config)

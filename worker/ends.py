@@ -7,12 +7,11 @@ keeps the sandboxes of this host next goes on with it. `worker.keeper` has the c
 import logging
 import time
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 from worker import conmon, limits, procs
 from worker.errors import RunscError
-from worker.journal import Journal, now
+from worker.journal import Journal, now, seconds, stamp
 from worker.launch import want_end
 from worker.settings import Settings
 from worker.stages import Host
@@ -41,16 +40,16 @@ def next_due(known: Journal, *, was_asked: bool) -> Due | None:
     if known.is_unwinding or known.final:
         return None
     if known.facts.get("restart_at"):
-        return Due(_epoch(known.facts["restart_at"]), "restart")
+        return Due(seconds(known.facts["restart_at"]), "restart")
     stop = known.facts.get("stop")
     if stop and known.is_up:
-        since_s = _epoch(stop["at"])
+        since_s = seconds(stop["at"])
         return Due(since_s + stop["grace_s"], "kill") if was_asked else Due(since_s, "term")
     times = []
     if known.spec.ttl_s is not None and known.facts.get("running_at") and known.is_up:
-        times.append(Due(_epoch(known.facts["running_at"]) + known.spec.ttl_s, "ttl"))
+        times.append(Due(seconds(known.facts["running_at"]) + known.spec.ttl_s, "ttl"))
     if known.spec.deadline_at is not None and not stop:
-        times.append(Due(_epoch(known.spec.deadline_at), "deadline"))
+        times.append(Due(seconds(known.spec.deadline_at), "deadline"))
     return min(times, key=lambda due: due.at_s, default=None)
 
 
@@ -61,7 +60,7 @@ def ask_to_stop(known: Journal, reason: str, grace_s: float) -> bool:
         False if nothing was noted: the one that is there ends it sooner.
     """
     stop = known.facts.get("stop")
-    if stop and _epoch(stop["at"]) + stop["grace_s"] <= time.time() + grace_s:
+    if stop and seconds(stop["at"]) + stop["grace_s"] <= time.time() + grace_s:
         return False
     wish = {"at": now(), "grace_s": grace_s, "reason": stop["reason"] if stop else reason}
     known.set_facts(stop=wish)
@@ -85,11 +84,10 @@ def send_term(host: Host, container_id: str) -> None:
         log.info("TERM to %s: %s", container_id, error)
 
 
-def send_kill(host: Host, container_id: str) -> bool:
-    """End the sandbox, whatever it does; conmon then writes its exit code. False if it still lives."""
+def send_kill(host: Host, container_id: str) -> None:
+    """End the sandbox, whatever it does; conmon then writes its exit code."""
     found = [one for one in procs.processes_of(host.runsc.root, container_id) if one.role == "sandbox"]
-    left = procs.end(found, KILLED_S)
-    return not left
+    procs.end(found, KILLED_S)
 
 
 def note_end(settings: Settings, known: Journal, *, is_alive: bool) -> bool:
@@ -113,25 +111,27 @@ def note_end(settings: Settings, known: Journal, *, is_alive: bool) -> bool:
     stop = known.facts.get("stop")
     if stop is not None:
         facts["reason"] = stop["reason"]
+    unready = "" if known.is_done("ready") else _unready(known, code, oom)
     if stop is None and code != 0 and _may_restart(known):
         facts |= _restart(known)
     else:
-        facts |= _final(known, code, stop["reason"] if stop else "", oom)
-    if "ready" in known.begun and not known.is_done("ready"):
-        known.mark_failed("ready", _unready(known, code, oom))
+        facts |= _final(known, code, stop["reason"] if stop else "", oom, unready)
+    if unready and "ready" in known.begun:
+        known.mark_failed("ready", unready)
     known.set_facts(**facts)
     return True
 
 
-def _final(known: Journal, code: int | None, reason: str, oom: bool) -> dict[str, Any]:
+def _final(known: Journal, code: int | None, reason: str, oom: bool, unready: str) -> dict[str, Any]:
+    """`unready`: how it ended before it was ready; empty for one that was."""
     if reason == "deadline":
         return {"wanted": "failed", "error": _deadline_error(known, "container")}
     if reason:
         return {"wanted": "exited"}
     is_oom = oom and code != 0  # the runsc of 2024 may lose one process to it, and go on
     reason = "oom" if is_oom else "lost" if code is None else "exit"
-    if not known.is_done("ready"):
-        error = {"stage": "ready", "message": _unready(known, code, oom)}
+    if unready:
+        error = {"stage": "ready", "message": unready}
     elif is_oom:
         error = _error(limits.oom_words(known.spec))
     elif code is None:
@@ -170,27 +170,18 @@ def _may_restart(known: Journal) -> bool:
 def _restart(known: Journal) -> dict[str, Any]:
     restarts = known.facts.get("restarts", 0)
     begun = [run.started_at for run in known.runs if run.name == "container" and run.verb == "do"][-1]
-    quick = known.facts.get("quick_ends", 0) if time.time() - _epoch(begun) < LONG_RUN_S else 0
+    quick = known.facts.get("quick_ends", 0) if time.time() - seconds(begun) < LONG_RUN_S else 0
     pause_s = min(FIRST_BACKOFF_S * 2 ** min(quick, 16), LAST_BACKOFF_S)
     return {
         "restarts": restarts + 1,
         "quick_ends": quick + 1,
-        "restart_at": _stamp(time.time() + pause_s),
+        "restart_at": stamp(time.time() + pause_s),
     }
 
 
 def _ended_at(settings: Settings, known: Journal) -> str:
     """When conmon wrote the exit code; now, where it did not."""
     try:
-        return _stamp((settings.exit_dir / known.container_id).stat().st_mtime)
+        return stamp((settings.exit_dir / known.container_id).stat().st_mtime)
     except FileNotFoundError:
         return now()
-
-
-def _stamp(seconds: float) -> str:
-    text = datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
-    return text.replace("+00:00", "Z")
-
-
-def _epoch(text: str) -> float:
-    return datetime.fromisoformat(text).timestamp()

@@ -31,7 +31,21 @@ CREATE_WAIT_S = 5.0  # without a journal the lock is held by a twin of `create`,
 
 def now() -> str:
     """This moment, RFC 3339 in UTC with milliseconds."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return _text(datetime.now(UTC))
+
+
+def stamp(at_s: float) -> str:
+    """A moment in seconds since the epoch, as `now` writes it."""
+    return _text(datetime.fromtimestamp(at_s, UTC))
+
+
+def seconds(text: str) -> float:
+    """A moment that was written so, in seconds since the epoch."""
+    return datetime.fromisoformat(text).timestamp()
+
+
+def _text(moment: datetime) -> str:
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def boot_id() -> str:
@@ -203,7 +217,7 @@ class Journal:
         for run in reversed(self.runs):
             if run.name == stage and run.verb == verb and run.state == "begun":
                 run.state, run.ended_at, run.error = state, at, error
-                run.duration_s = round(_seconds(at) - _seconds(run.started_at), 3)
+                run.duration_s = round(seconds(at) - seconds(run.started_at), 3)
                 return
         self.runs.append(StageRun(stage, verb, state, at, at, 0.0, error))  # its begin was not written
 
@@ -436,7 +450,3 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def _seconds(stamp: str) -> float:
-    return datetime.fromisoformat(stamp).timestamp()

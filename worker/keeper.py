@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -215,7 +214,7 @@ class Keeper:
             self._do(container_id, ends.send_term, self._host, container_id)
         elif act == "kill":
             self._kills[container_id] = self._kills.get(container_id, 0) + 1
-            self._do(container_id, self._kill, container_id)
+            self._do(container_id, ends.send_kill, self._host, container_id)
         elif known.is_up:
             self._do(container_id, self._time_is_up, container_id, act)
         else:  # no program to stop, and none to hold up: it can wait for the broker
@@ -242,9 +241,6 @@ class Keeper:
         task = self._loop.create_task(act_and_look())
         self._acting.add(task)
         task.add_done_callback(self._acting.discard)
-
-    def _kill(self, container_id: str) -> None:
-        ends.send_kill(self._host, container_id)
 
     def _time_is_up(self, container_id: str, reason: str) -> None:
         with (
@@ -274,4 +270,4 @@ class Keeper:
 
 def _begun_at(known: Journal) -> float:
     started = [run.started_at for run in known.runs if run.name == "ready" and run.verb == "do"][-1]
-    return datetime.fromisoformat(started).timestamp()
+    return journal.seconds(started)

@@ -44,6 +44,17 @@ def processes_of(root: Path, container_id: str) -> list[Proc]:
     return list(_scan(root, container_id))
 
 
+def whole(found: Iterable[Proc]) -> set[str]:
+    """Of which sandboxes both conmon and the sandbox itself are among `found`.
+
+    Without its conmon nobody reads what a sandbox writes, nor keeps its exit code.
+    """
+    roles: dict[str, set[str]] = {}
+    for proc in found:
+        roles.setdefault(proc.container_id, set()).add(proc.role)
+    return {container_id for container_id, there in roles.items() if {"conmon", "sandbox"} <= there}
+
+
 def is_one_being_named() -> bool:
     """Whether a process that is younger than a second has no command line: it may be in its execve.
 

@@ -5,14 +5,13 @@ import os
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 
 from worker import ends, journal
 from worker.errors import Busy, JournalError
 from worker.journal import FILE, Journal, boot_id
 from worker.launch import want_end
-from worker.procs import all_sandbox_processes
+from worker.procs import all_sandbox_processes, whole
 from worker.settings import Settings
 
 log = logging.getLogger("sandbatch")
@@ -43,11 +42,7 @@ def at_start(settings: Settings) -> Due:
     nothing, and begins anew.
     """
     due, boot = Due(), boot_id()
-    roles: dict[str, set[str]] = {}
-    for proc in all_sandbox_processes(settings.runsc_root):
-        roles.setdefault(proc.container_id, set()).add(proc.role)
-    # Without its conmon nobody reads what a sandbox writes, nor keeps its exit code.
-    alive = {one for one, there in roles.items() if {"conmon", "sandbox"} <= there}
+    alive = whole(all_sandbox_processes(settings.runsc_root))
     journals, errors = journal.read_all(settings.sandboxes_dir)
     for unreadable in errors:
         _set_aside(settings, unreadable)
@@ -142,12 +137,10 @@ class Later:
         """Ends that no event has told: the message was lost, or the sandbox was killed with its conmon."""
         if not self._up:
             return
-        exits, roles = self._settings.exit_dir, dict[str, set[str]]()
-        for proc in all_sandbox_processes(self._settings.runsc_root):
-            roles.setdefault(proc.container_id, set()).add(proc.role)
+        exits, alive = self._settings.exit_dir, whole(all_sandbox_processes(self._settings.runsc_root))
         written = set(os.listdir(exits)) if exits.is_dir() else set()
         for name, known in self._up.items():
-            if name in written or not roles.get(name, set()) >= {"conmon", "sandbox"}:
+            if name in written or name not in alive:
                 due.ended.append(known)
 
     @property
@@ -176,7 +169,7 @@ class Later:
                 due.unwind.append(known)
         elif known.facts.get("restart_at"):
             due.report.append(known)
-            overdue_s = time.time() - datetime.fromisoformat(known.facts["restart_at"]).timestamp()
+            overdue_s = time.time() - journal.seconds(known.facts["restart_at"])
             (due.restart if overdue_s > QUIET_S else due.watch).append(known)
             self._written.pop(known.container_id)  # never settled: its time comes without an event
         elif known.is_up and known.is_done("ready"):

@@ -42,7 +42,7 @@ def _container_id(value: str) -> str:
     return value
 
 
-def _command(value: list[str]) -> list[str]:
+def command(value: list[str]) -> list[str]:
     if not value or not value[0]:
         raise ValueError("the command is empty, one is needed after --")
     return value
@@ -67,7 +67,7 @@ def _rootfs(value: str) -> str:
     return value if value == "host" else clean_path(value)
 
 
-def _env(value: dict[str, str]) -> dict[str, str]:
+def environment(value: dict[str, str]) -> dict[str, str]:
     for name, given in value.items():
         if not ENV_NAME.fullmatch(name):
             raise ValueError(f"{name!r} is no name of an environment variable")
@@ -94,13 +94,13 @@ class Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     kind: Literal["spec/v1"] = "spec/v1"  # hosts are upgraded one by one
-    args: Annotated[list[Annotated[str, AfterValidator(text)]], AfterValidator(_command)]
+    args: Annotated[list[Annotated[str, AfterValidator(text)]], AfterValidator(command)]
     rootfs: Annotated[str, AfterValidator(_rootfs)] = "host"
     networks: list[NetworkRequest] = Field(
         default_factory=lambda: [NetworkRequest(name="sandbatch")], min_length=1, max_length=MOST_NETWORKS
     )
     host: Annotated[str, AfterValidator(host_name)] | None = None
-    env: Annotated[dict[str, str], AfterValidator(_env)] = Field(default_factory=dict)
+    env: Annotated[dict[str, str], AfterValidator(environment)] = Field(default_factory=dict)
     cwd: Annotated[str, AfterValidator(clean_path)] = "/"
     labels: Annotated[dict[str, str], AfterValidator(_labels)] = Field(default_factory=dict)
     ready: Annotated[str, AfterValidator(_ready)] = "none"

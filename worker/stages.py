@@ -123,12 +123,12 @@ def unload_egress(host: Host, journal: Journal) -> None:
 def plan_bundle(host: Host, journal: Journal) -> dict[str, Any]:
     """Which rootfs it will have: nobody may prune that from now on."""
     check_overlay(journal.spec, host.runsc)
-    return {"rootfs": config_of(host, journal, build=False)["root"]["path"]}
+    return {"rootfs": _oci_config(host, journal, build=False)["root"]["path"]}
 
 
 def make_bundle(host: Host, journal: Journal) -> dict[str, Any]:
     """config.json; the files of names; the rootfs, where it is not made yet, and a writable root's folder."""
-    config, own = config_of(host, journal, build=True), _names(host, journal)
+    config, own = config_of(host, journal, build=True)
     oci.write_bundle(journal.bundle, config)
     names.write(journal.bundle, own)
     make_overlay_folder(journal.spec, journal.bundle, host.settings)
@@ -155,15 +155,16 @@ def prune_rootfs(settings: Settings) -> list[Path]:
     return prune_host_rootfs(settings, in_use)
 
 
-def config_of(host: Host, journal: Journal, *, build: bool) -> dict[str, Any]:
+def config_of(host: Host, journal: Journal, *, build: bool) -> tuple[dict[str, Any], names.Names]:
+    """config.json, and the files of names that it binds."""
+    config, links = _oci_config(host, journal, build=build), attachments.attached(journal)
+    own = names.names_of(journal.spec, journal.container_id, links, host.settings, journal.bundle)
+    return {**config, "mounts": [*config["mounts"], *own.mounts]}, own
+
+
+def _oci_config(host: Host, journal: Journal, *, build: bool) -> dict[str, Any]:
     path = netns.netns_path(journal.container_id)
-    config = oci.make_config(journal.spec, journal.container_id, path, host.settings, build=build)
-    return {**config, "mounts": [*config["mounts"], *_names(host, journal).mounts]}
-
-
-def _names(host: Host, journal: Journal) -> names.Names:
-    links = attachments.attached(journal)
-    return names.names_of(journal.spec, journal.container_id, links, host.settings, journal.bundle)
+    return oci.make_config(journal.spec, journal.container_id, path, host.settings, build=build)
 
 
 def remove_bundle(host: Host, journal: Journal) -> None:

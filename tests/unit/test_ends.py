@@ -18,13 +18,6 @@ LONG_AGO = "2020-01-01T00:00:00.000Z"
 
 
 @pytest.fixture
-def settings(tmp_path) -> Settings:
-    settings = Settings(state_dir=tmp_path / "state", run_dir=tmp_path / "run")
-    settings.exit_dir.mkdir(parents=True)
-    return settings
-
-
-@pytest.fixture
 def running(settings) -> Any:
     """A sandbox that runs, by its journal."""
 

@@ -32,13 +32,6 @@ OK = b"HTTP/1.0 200 OK\r\n\r\n"
 
 
 @pytest.fixture
-def settings(tmp_path) -> Settings:
-    settings = Settings(state_dir=tmp_path / "state", run_dir=tmp_path / "run")
-    settings.exit_dir.mkdir(parents=True)
-    return settings
-
-
-@pytest.fixture
 def outcomes() -> "queue.Queue[tuple[str, int, str, str]]":
     return queue.Queue()
 

@@ -24,13 +24,6 @@ NAMES = ["netns", "network", "bundle", "container", "ready"]
 RUNNING = {"report": [1], "watch": [1]}
 
 
-@pytest.fixture
-def settings(tmp_path) -> Settings:
-    settings = Settings(state_dir=tmp_path / "state", run_dir=tmp_path / "run")
-    settings.exit_dir.mkdir(parents=True)
-    return settings
-
-
 def made(settings: Settings, number: int, *done: str, begun: str = "", **spec: Any) -> Journal:
     """A journal with these stages done, and one more begun."""
     wanted = make_spec(args=["true"], **spec)
