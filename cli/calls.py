@@ -30,6 +30,9 @@ PIPE_CLOSED = 141  # as a shell sees a program that SIGPIPE has ended
 Id = Annotated[str, typer.Argument(metavar="ID", help="Full id or a unique prefix.")]
 
 
+app = typer.Typer()
+
+
 class BeforeACommand(TyperCommand):
     """Options stand before or after the ID; what follows `--`, or without one the ID, is the command."""
 
@@ -38,6 +41,7 @@ class BeforeACommand(TyperCommand):
         return super().parse_args(ctx, args)
 
 
+@app.command(epilog="Example: sandbatch logs -f --tail 100 sb-0123")
 def logs(
     container_id: Id,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on until it has ended.")] = False,
@@ -107,6 +111,7 @@ class LogPrinter:
                 _until_host_lives(client, row["host"])
 
 
+@app.command("exec", cls=BeforeACommand, epilog="Example: sandbatch exec sb-0123 -- ls -l /tmp")
 def exec_(
     container_id: Id,
     args: Annotated[

@@ -25,7 +25,10 @@ from worker.settings import load_settings
 
 WORDS = 4096  # of what tar says, from its end
 
+app = typer.Typer()
 
+
+@app.command(epilog="Example: sandbatch cp sb-0123:/tmp/result .")
 def cp(
     source: Annotated[str, typer.Argument(metavar="SRC", help="PATH, ID:PATH, or - for a tar.")],
     target: Annotated[str, typer.Argument(metavar="DST", help="ID:PATH, PATH, or - for a tar.")],

@@ -1,22 +1,16 @@
 """The command line: each command parses, calls one function and prints."""
 
-import contextlib
-import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.live import Live
 
 from cli import output, render
-from cli.calls import BeforeACommand, exec_, logs
 from cli.client import Client, shown
-from cli.copy import cp
-from cli.output import errors_for_humans, one_line, out, print_json, say
-from cli.run import run
+from cli.elsewhere import Commands
+from cli.output import errors_for_humans, one_line, print_json, say
 from cli.waiting import tell_failures, wait_for
 from tasks.state import TERMINAL, State
 from worker.errors import BadInput
@@ -24,6 +18,7 @@ from worker.settings import load_settings
 
 app = typer.Typer(
     name="sandbatch",
+    cls=Commands,
     help="Launch gVisor sandboxes in batches, each in its own network namespace on a CNI network.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -78,7 +73,7 @@ def doctor(as_json: Json = False) -> None:
             table = render.table("NEEDED", "OK", "VERSION", "FOUND", "MEND")
             for row in rows:
                 table.add_row(row.name, "ok" if row.ok else "NO", row.version, row.found, row.mend)
-            out.print(table)
+            output.out.print(table)
         if not all(row.ok for row in rows):
             raise typer.Exit(1)
 
@@ -158,7 +153,7 @@ def audit(
             table = render.table("KIND", "OBJECT", "PROBLEM", "SANDBOX", "DETAIL")
             for one in findings:
                 table.add_row(one.kind, one.name, one.problem, one.container_id or "-", one.detail)
-            out.print(table)
+            output.out.print(table)
         bad = [one for one in findings if one.is_bad]
         say("audit: clean" if not bad else f"audit: {len(bad)} found")
         if bad:
@@ -178,43 +173,6 @@ def demo() -> None:
 # -- commands of a user --------------------------------------------------------------------------
 
 
-app.command(
-    epilog="Example: sandbatch run --ready http:8000/ --cwd /var/www/html -- python3 -m http.server 8000",
-    context_settings={"allow_interspersed_args": False},
-)(run)
-
-
-app.command(epilog="Example: sandbatch logs -f --tail 100 sb-0123")(logs)
-app.command(epilog="Example: sandbatch cp sb-0123:/tmp/result .")(cp)
-app.command("exec", cls=BeforeACommand, epilog="Example: sandbatch exec sb-0123 -- ls -l /tmp")(exec_)
-
-
-@app.command(epilog="Example: sandbatch ls --state running --label team=red")
-def ls(
-    batch: Batch = None,
-    host: Annotated[str | None, typer.Option(help="Only of this host.")] = None,
-    state: Annotated[list[str] | None, typer.Option(help="Only in this state; may be repeated.")] = None,
-    label: Annotated[list[str] | None, typer.Option("-l", "--label", metavar="K=V")] = None,
-    everything: Annotated[bool, typer.Option("-a", "--all", help="Removed ones, too.")] = False,
-    watch: Annotated[bool, typer.Option("-w", "--watch", help="Go on as they change, until Ctrl-C.")] = False,
-    as_json: Json = False,
-) -> None:
-    """List sandboxes, oldest first; those removed are left out unless asked for."""
-    with errors_for_humans():
-        client = Client(load_settings())
-
-        def select() -> list[dict[str, Any]]:
-            rows = client.select(batch=batch, host=host, states=state or [], labels=label or [])
-            return [row for row in rows if everything or state or batch or not row["removed"]]
-
-        if watch:
-            _watch(client, select, as_json)
-        elif as_json:
-            print_json([shown(row) for row in select()])
-        else:
-            out.print(render.sandboxes(select()))
-
-
 @app.command(epilog="Example: sandbatch show sb-0123")
 def show(container_id: Annotated[str, typer.Argument(metavar="ID")], as_json: Json = False) -> None:
     """Show one sandbox: spec, host, IP, and the timeline of its stages and undos."""
@@ -223,10 +181,10 @@ def show(container_id: Annotated[str, typer.Argument(metavar="ID")], as_json: Js
         if as_json:
             print_json(shown(row))
         else:
-            out.print(render.details(row))
+            output.out.print(render.details(row))
             if row["stages"]:
-                out.print()
-                out.print(render.timeline(row["stages"]))
+                output.out.print()
+                output.out.print(render.timeline(row["stages"]))
 
 
 @app.command(epilog="Example: sandbatch hosts --json")
@@ -237,7 +195,7 @@ def hosts(as_json: Json = False) -> None:
         if as_json:
             print_json(rows)
         else:
-            out.print(render.hosts(rows))
+            output.out.print(render.hosts(rows))
 
 
 @app.command(epilog="Example: sandbatch wait --batch b-0123456789ab --for running --timeout 60")
@@ -274,7 +232,7 @@ def _print_codes(client: Client, ids: list[str]) -> int:
     code = 0
     for row in client.record.get_all(ids):
         if row["exit_code"] is not None and row["state"] in TERMINAL:
-            out.print(f"{row['id']} {row['exit_code']}")
+            output.out.print(f"{row['id']} {row['exit_code']}")
             code = int(row["exit_code"])
     return code
 
@@ -348,7 +306,7 @@ def _until_gone(client: Client, command: str, rows: list[dict[str, Any]], *, no_
     away = _on_hosts_away(client, rows)
     states = {} if no_wait else wait_for(client, [one for one in names if one not in away], "gone", None)
     if names:
-        out.print("\n".join(names))
+        output.out.print("\n".join(names))
     if away and not no_wait:
         hosts = ", ".join(sorted(set(away.values())))
         todo = "it undoes them once it is back"
@@ -396,7 +354,7 @@ def _mend(as_json: bool) -> typer.Exit:
         for one in outcomes:
             found, answer = one.finding, "removed" if one.mended else "NO"
             table.add_row(found.kind, found.name, found.problem, found.container_id or "-", answer, one.why)
-        out.print(table)
+        output.out.print(table)
     left = sum(not one.mended for one in outcomes)
     say(f"audit: {len(outcomes) - left} mended, {left} left" if outcomes else "audit: clean")
     return typer.Exit(1 if left else 0)
@@ -408,23 +366,6 @@ def _named(
     if not ids and batch is None:
         raise BadInput("ID", "none given", "name ids, or --batch")
     return client.select(ids or (), batch=batch, unknown_ok=unknown_ok)
-
-
-def _watch(client: Client, select: Callable[[], list[dict[str, Any]]], as_json: bool) -> None:
-    """The table redrawn on a terminal; elsewhere, and as JSON, a line for each sandbox that changed."""
-    is_live = sys.stdout.isatty() and not as_json
-    mark, known = client.record.last_event(), dict[str, str]()
-    with Live(console=out, auto_refresh=False) if is_live else contextlib.nullcontext() as live:
-        while True:
-            rows = select()
-            if live is not None:
-                live.update(render.sandboxes(rows), refresh=True)
-            for row in rows if live is None else ():
-                if known.get(row["id"]) != row["state"]:
-                    line = json.dumps(shown(row)) if as_json else render.line(row)
-                    print(line, flush=True)
-            known = {row["id"]: row["state"] for row in rows}
-            mark = client.next_change(mark)
 
 
 def _need_root(command: str) -> None:

@@ -1,15 +1,22 @@
 """Tables for people."""
 
+import os
+import sys
+from collections.abc import Iterable
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
+from cli import lines
 from worker.limits import in_words
 
+if TYPE_CHECKING:
+    from rich.table import Table
 
-def table(*columns: str) -> Table:
+
+def table(*columns: str) -> "Table":
     """A plain table, as `kubectl get` prints it."""
+    from rich.table import Table  # slow to import, and `ls` does without it
+
     made = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         made.add_column(
@@ -20,32 +27,54 @@ def table(*columns: str) -> Table:
     return made
 
 
-def sandboxes(rows: list[dict[str, Any]]) -> Table:
-    with_ports = ["PORTS"] if any(row["publish"] for row in rows) else []
-    made = table("ID", "STATE", "HOST", "IP", "NETWORK", *with_ports, "AGE", "COMMAND", "ERROR")
-    for row in rows:
-        state = row["state"] if row["state"] != "launching" else f"launching ({row['stage'] or '…'})"
-        if row["state"] == "exited" and row["exit_code"] is not None:
-            state = f"exited ({row['exit_code']})"
-        error = row["error"] or {}
-        why = f"{error['stage']}: {error['message']}" if error else ""
-        command = " ".join(row["args"])
-        shown = [ports(row["publish"]) or "-"] if with_ports else []
-        made.add_row(
-            row["id"], state, row["host"] or "-", row["ip"] or "-", ",".join(row["networks"]) or "-", *shown,
-            age(row["created_at"]), command if len(command) <= 40 else command[:39] + "…", why,
-        )  # fmt: skip
-    return made
+def sandboxes(rows: Iterable[dict[str, Any]]) -> str:
+    """The table of `ls`, cut to the width of a terminal; of a row no more is read than `tasks.rows` has."""
+    shown = list(rows)
+    with_ports = ["PORTS"] if any(row["publish"] for row in shown) else []
+    header = ("ID", "STATE", "HOST", "IP", "NETWORK", *with_ports, "AGE", "COMMAND", "ERROR")
+    now_s = datetime.now().timestamp()
+    table = [
+        (
+            row["id"],
+            _state(row),
+            row["host"] or "-",
+            row["ip"] or "-",
+            ",".join(row["networks"]) or "-",
+            *((ports(row["publish"]) or "-",) if with_ports else ()),
+            age(row["created_at"], now_s),
+            _command(row),
+            _why(row),
+        )
+        for row in shown
+    ]
+    return lines.columns(header, table, os.get_terminal_size().columns if sys.stdout.isatty() else None)
+
+
+def _state(row: dict[str, Any]) -> str:
+    if row["state"] == "launching":
+        return f"launching ({row['stage'] or '…'})"
+    if row["state"] == "exited" and row["exit_code"] is not None:
+        return f"exited ({row['exit_code']})"
+    return str(row["state"])
+
+
+def _command(row: dict[str, Any]) -> str:
+    words = row["command"] if "command" in row else " ".join(row["args"])
+    return words if len(words) <= 40 else words[:39] + "…"
+
+
+def _why(row: dict[str, Any]) -> str:
+    error = row["error"]
+    return f"{error['stage']}: {error['message']}" if error else ""
 
 
 def line(row: dict[str, Any]) -> str:
     """A sandbox in one line, for what is no terminal."""
-    error = row["error"] or {}
-    why = f"{error['stage']}: {error['message']}" if error else ""
-    return "  ".join(filter(None, (row["id"], row["state"], row["host"] or "-", row["ip"] or "-", why)))
+    words = (row["id"], row["state"], row["host"] or "-", row["ip"] or "-", _why(row))
+    return "  ".join(filter(None, words))
 
 
-def hosts(rows: list[dict[str, Any]]) -> Table:
+def hosts(rows: list[dict[str, Any]]) -> "Table":
     made = table("HOST", "SANDBOXES", "CAPACITY", "SLOTS", "HEARTBEAT", "VERSION", "NETWORKS", "NOT READY")
     for row in rows:
         numbers = (str(row[name]) for name in ("sandboxes", "capacity", "slots"))
@@ -60,7 +89,7 @@ def hosts(rows: list[dict[str, Any]]) -> Table:
     return made
 
 
-def timeline(stages: list[dict[str, Any]]) -> Table:
+def timeline(stages: list[dict[str, Any]]) -> "Table":
     made = table("STAGE", "DO|UNDO", "STATE", "STARTED", "SECONDS", "ERROR")
     for run in stages:
         seconds = "-" if run["duration_s"] is None else f"{run['duration_s']:.3f}"
@@ -70,7 +99,9 @@ def timeline(stages: list[dict[str, Any]]) -> Table:
     return made
 
 
-def details(row: dict[str, Any]) -> Table:
+def details(row: dict[str, Any]) -> "Table":
+    from rich.table import Table
+
     made = Table.grid(padding=(0, 2))
     error = row["error"] or {}
     shown = {
@@ -130,11 +161,12 @@ def _egress(spec: dict[str, Any]) -> str | None:
     return None if rules is None else ", ".join(rules) or "deny"
 
 
-def age(stamp: str | None) -> str:
+def age(stamp: str | None, now_s: float | None = None) -> str:
     """How long ago, in the largest unit that fits."""
     if not stamp:
         return "-"
-    seconds = max(0, int(datetime.now().timestamp() - datetime.fromisoformat(stamp).timestamp()))
+    now_s = datetime.now().timestamp() if now_s is None else now_s
+    seconds = max(0, int(now_s - datetime.fromisoformat(stamp).timestamp()))
     for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
         if seconds >= size:
             return f"{seconds // size}{unit}"

@@ -15,9 +15,15 @@ from worker.errors import BadInput
 from worker.settings import load_settings
 from worker.spec import make_spec
 
+app = typer.Typer()
+
 HELP_LIMITS, HELP_END, HELP_NETWORK, HELP_FILES = "Limits", "Its end", "Network", "Files"
 
 
+@app.command(
+    epilog="Example: sandbatch run --ready http:8000/ --cwd /var/www/html -- python3 -m http.server 8000",
+    context_settings={"allow_interspersed_args": False},
+)
 def run(
     args: Annotated[
         list[str] | None, typer.Argument(metavar="CMD [ARG]…", help="The command, after --.")

@@ -5,12 +5,14 @@ import sys
 import typer
 
 from cli.client import Client, has_reached
-from cli.output import err, say
+from cli.output import say
 
 
 def wait_for(client: Client, ids: list[str], goal: str, timeout_s: float | None) -> dict[str, str]:
     """Wait with a progress bar on a terminal, in silence elsewhere."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from cli.output import err  # with rich
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=err, transient=True, disable=not sys.stderr.isatty()) as progress:

@@ -4,7 +4,6 @@ import json
 from typing import Any
 
 from tasks.state import State
-from worker.attachments import attached
 from worker.journal import Journal
 
 LIMITS = ("memory_bytes", "cpus", "pids")
@@ -12,6 +11,8 @@ LIMITS = ("memory_bytes", "cpus", "pids")
 
 def view(journal: Journal) -> tuple[State, dict[str, str]]:
     """What a journal says, as state and fields of a record."""
+    from worker.attachments import attached  # with it comes pyroute2, for which a client has no time
+
     facts = journal.facts
     fields = {"stages": json.dumps([run.__dict__ for run in journal.runs])}
     ips = journal.data.get("network", {}).get("ips", [])
@@ -45,7 +46,7 @@ def shape(raw: dict[str, str]) -> dict[str, Any]:
     spec = json.loads(raw.get("spec") or "{}")
     asked = {name: spec.get(name) for name in LIMITS}  # the host's own come with its first report
     networks = [one["name"] for one in spec.get("networks", [])]
-    stages = [{"do|undo": run["verb"], **run} for run in json.loads(raw.get("stages") or "[]")]
+    stages = [{"do|undo": run["verb"], **run} for run in _list(raw, "stages")]
     return {
         "id": raw["id"],
         "batch": raw.get("batch"),
@@ -57,18 +58,18 @@ def shape(raw: dict[str, str]) -> dict[str, Any]:
         "network": networks[0] if networks else None,
         "networks": networks,
         "ip": raw.get("ip"),
-        "ips": json.loads(raw.get("ips") or "[]"),
-        "links": json.loads(raw.get("links") or "[]"),
-        "publish": json.loads(raw.get("publish") or "[]"),
+        "ips": _list(raw, "ips"),
+        "links": _list(raw, "links"),
+        "publish": _list(raw, "publish"),
         "egress": spec.get("egress"),  # null: no policy; an empty list: nothing is allowed
         "isolate": spec.get("isolate", False),
-        "notes": json.loads(raw.get("notes") or "[]"),
+        "notes": _list(raw, "notes"),
         "image": spec.get("rootfs"),
         "args": spec.get("args", []),
         "created_at": raw.get("created_at"),
         "running_at": raw.get("running_at"),
         "ended_at": raw.get("ended_at"),
-        "limits": {**asked, **json.loads(raw.get("limits") or "{}")},
+        "limits": {**asked, **(json.loads(raw["limits"]) if raw.get("limits") else {})},
         "exit_code": int(raw["exit_code"]) if raw.get("exit_code") else None,
         "reason": raw.get("reason"),
         "restarts": int(raw.get("restarts") or 0),
@@ -79,6 +80,11 @@ def shape(raw: dict[str, str]) -> dict[str, Any]:
         "stages": stages,
         "spec": spec,
     }
+
+
+def _list(raw: dict[str, str], name: str) -> list[Any]:
+    """Of thousands of records most have none, and to parse an empty list takes time, too."""
+    return list(json.loads(raw[name])) if raw.get(name) else []
 
 
 def _state(journal: Journal) -> State:

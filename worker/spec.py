@@ -102,7 +102,7 @@ ContainerId = Annotated[str, AfterValidator(_container_id)]
 class Spec(BaseModel):
     """One sandbox as asked for. Names that a host can look up, never contents."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
 
     kind: Literal["spec/v1"] = "spec/v1"  # hosts are upgraded one by one
     args: Annotated[list[Annotated[str, AfterValidator(text)]], AfterValidator(command)]

@@ -136,7 +136,7 @@ def stamp(value: str) -> str:
 class Part(BaseModel):
     """What all parts are: frozen, and nothing unknown in them."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
 
 
 class NetworkRequest(Part):
