@@ -2,7 +2,6 @@
 
 import os
 import sys
-from collections.abc import Iterable
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +26,9 @@ def table(*columns: str) -> "Table":
     return made
 
 
-def sandboxes(rows: Iterable[dict[str, Any]]) -> str:
-    """The table of `ls`, cut to the width of a terminal; of a row no more is read than `tasks.rows` has."""
-    shown = list(rows)
-    with_ports = ["PORTS"] if any(row["publish"] for row in shown) else []
+def sandboxes(rows: list[dict[str, Any]]) -> str:
+    """The table of `ls`, of the rows of `tasks.rows`, cut to the width of a terminal."""
+    with_ports = ["PORTS"] if any(row["publish"] for row in rows) else []
     header = ("ID", "STATE", "HOST", "IP", "NETWORK", *with_ports, "AGE", "COMMAND", "ERROR")
     now_s = datetime.now().timestamp()
     table = [
@@ -45,7 +43,7 @@ def sandboxes(rows: Iterable[dict[str, Any]]) -> str:
             _command(row),
             _why(row),
         )
-        for row in shown
+        for row in rows
     ]
     return lines.columns(header, table, os.get_terminal_size().columns if sys.stdout.isatty() else None)
 
@@ -59,7 +57,7 @@ def _state(row: dict[str, Any]) -> str:
 
 
 def _command(row: dict[str, Any]) -> str:
-    words = row["command"] if "command" in row else " ".join(row["args"])
+    words: str = row["command"]
     return words if len(words) <= 40 else words[:39] + "…"
 
 
@@ -103,7 +101,6 @@ def details(row: dict[str, Any]) -> "Table":
     from rich.table import Table
 
     made = Table.grid(padding=(0, 2))
-    error = row["error"] or {}
     shown = {
         "id": row["id"],
         "state": row["state"],
@@ -127,7 +124,7 @@ def details(row: dict[str, Any]) -> "Table":
         "ended by": row["reason"],
         "restarts": row["restarts"] or None,
         "log kept until": row["log_until"],
-        "error": f"{error['stage']}: {error['message']}" if error else None,
+        "error": _why(row),
     }
     for name, value in shown.items():
         if value not in (None, ""):
