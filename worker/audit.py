@@ -12,7 +12,19 @@ from typing import Any
 
 from pyroute2 import IPRoute
 
-from worker import attachments, cni_cache, egress_audit, journal, logs, netns, nft, ports, process, procs
+from worker import (
+    attachments,
+    cni_cache,
+    egress_audit,
+    journal,
+    limits,
+    logs,
+    netns,
+    nft,
+    ports,
+    process,
+    procs,
+)
 from worker.attachments import Attached
 from worker.capabilities import PORT_MAPPINGS
 from worker.cni_config import Network, list_networks, network_from_bytes
@@ -407,13 +419,13 @@ def _mounts_and_cgroups(look: _Look) -> None:
         if ids and Path(point).parent != netns.NETNS_DIR.resolve():
             mounts[point] = ids[0]
     look.compare("mount", "container", mounts)
-    cgroups = {}
-    for folder, names, _ in os.walk("/sys/fs/cgroup"):
-        for name in names:
-            ids = ID_PART.findall(name)
-            if ids:
-                cgroups[f"{folder}/{name}"] = ids[0]
-    look.compare("cgroup", "container", cgroups)
+    # Only below our own parents: another sandbatch of this machine has other ones.
+    parents = {look.settings.cgroup_parent}
+    for container_id, known in look.journals.items():
+        cgroup = limits.made_cgroup(known.data.get("bundle", {}), container_id)
+        parents |= {Path(cgroup).parent.name} if cgroup else set()
+    found = {str(folder): folder.name for folder in limits.list_cgroups(sorted(parents))}
+    look.compare("cgroup", "container", {one: name for one, name in found.items() if ID_PART.search(name)})
 
 
 def output(*argv: str) -> str:

@@ -48,7 +48,9 @@ def make_config(
         raise BadInput(f"bind {error.filename}", "this user may not look at it", "run as root") from None
     rootfs = resolve_rootfs(spec.rootfs, settings, layout.points, build=build)
     path = host_path(settings) if is_host else DEFAULT_PATH
-    cgroup = limits.cgroup_of(spec, container_id, default_pids=settings.default_pids)
+    cgroup = limits.cgroup_of(
+        spec, container_id, parent=settings.cgroup_parent, default_pids=settings.default_pids
+    )
     env = {"PATH": path, "HOME": "/root" if is_host else "/", "HOSTNAME": container_id, **spec.env}
     return {
         "ociVersion": OCI_VERSION,

@@ -14,7 +14,7 @@ from worker.errors import RunscError
 from worker.journal import Journal, now, seconds, stamp
 from worker.launch import want_end
 from worker.settings import Settings
-from worker.stages import Host
+from worker.stages import Host, cgroup_of
 
 log = logging.getLogger("sandbatch")
 
@@ -101,7 +101,7 @@ def note_end(settings: Settings, known: Journal, *, is_alive: bool) -> bool:
     code = conmon.exit_code(settings.exit_dir, known.container_id)
     if not known.is_up or (code is None and is_alive):
         return False
-    oom = limits.was_oom_killed(known.container_id)
+    oom = limits.was_oom_killed(cgroup_of(known))
     facts: dict[str, Any] = {"ended_at": _ended_at(settings, known), "exit_code": code, "oom": oom}
     if code is not None and not known.is_done("ready") and known.spec.ready == "none":
         # It was faster than the report that it runs.

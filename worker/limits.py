@@ -1,8 +1,9 @@
 """Limits of a sandbox: memory and CPU by cgroups, which runsc makes; processes by gVisor's own count.
 
-cgroup v1 has one tree a controller and v2 one for all; the cgroup of a sandbox is `sandbatch/ID` in
-each. Paths are those of the mounts as this process sees them: runsc goes by the same ones (gVisor,
-runsc/cgroup). The folder `sandbatch` stays: a `create` at work may be about to use it.
+cgroup v1 has one tree a controller and v2 one for all; the cgroup of a sandbox is `PARENT/ID` in
+each, PARENT being the setting `cgroup_parent`. Paths are those of the mounts as this process sees them:
+runsc goes by the same ones (gVisor, runsc/cgroup). The folder PARENT stays: a `create` at work may be
+about to use it.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from worker import faults
 from worker.errors import BadInput, SandbatchError
 from worker.spec import Spec
 
-PARENT = "sandbatch"
+DEFAULT_PARENT = "sandbatch"
 # Measured with the runscs of 2024 and 2026, network and all, 10 starts each, Linux 6.18, 2 cores:
 # `echo` needs 13 MiB with the one and 17 with the other, `python3 -c 'print(1)'` 17 and 18.
 LEAST_MEMORY = 24 * 2**20
@@ -118,7 +119,7 @@ def check_here(spec: Spec) -> None:
         raise BadInput(wanted[0], why, "mount them, or leave the limit out")
 
 
-def cgroup_of(spec: Spec, container_id: str, *, default_pids: int | None) -> str | None:
+def cgroup_of(spec: Spec, container_id: str, *, parent: str, default_pids: int | None) -> str | None:
     """The cgroup of a sandbox, as runsc wants it; None for one that is spared it.
 
     A cgroup costs a launch about 20 ms, so what asks for no limit has none: then `default_pids` is
@@ -127,7 +128,7 @@ def cgroup_of(spec: Spec, container_id: str, *, default_pids: int | None) -> str
     asks = spec.memory_bytes is not None or spec.cpus is not None
     if not asks and spec.pids not in (None, default_pids):
         asks = "pids" in controllers() and not lacking()
-    return f"/{PARENT}/{container_id}" if asks else None
+    return cgroup_path(parent, container_id) if asks else None
 
 
 def resources(spec: Spec) -> dict[str, Any]:
@@ -186,23 +187,40 @@ def in_words(size: int) -> str:
 # -- the cgroup of a sandbox -----------------------------------------------------------------------
 
 
-def prepare() -> None:
+def cgroup_path(parent: str, container_id: str) -> str:
+    """The cgroup of a sandbox, in any tree."""
+    return f"/{parent}/{container_id}"
+
+
+def made_cgroup(bundle: dict[str, Any], container_id: str) -> str | None:
+    """The cgroup that a sandbox was given, whatever the setting is by now; None for one that was spared it.
+
+    `bundle`: what its journal has of that stage. One of release 0.1.0 does not name the cgroup: there was
+    only one place.
+    """
+    if "cgroup" in bundle:
+        cgroup: str | None = bundle["cgroup"]
+        return cgroup
+    return cgroup_path(DEFAULT_PARENT, container_id) if bundle.get("has_cgroup") else None
+
+
+def prepare(cgroup: str) -> None:
     """Make the folder for all of ours in v2: a runsc that made it would remove it when it fails, from
     under the `create` of another sandbox. In v1 it only removes the sandbox's own."""
     for tree in trees():
         if tree.is_v2 and is_v2():
-            (tree.mount / PARENT).mkdir(exist_ok=True)
+            _folder(tree, cgroup).parent.mkdir(exist_ok=True)
 
 
-def was_oom_killed(container_id: str) -> bool:
+def was_oom_killed(cgroup: str | None) -> bool:
     """The kernel has killed a process of the sandbox for want of memory. Ask before the cgroup goes.
 
     With the runsc of 2024 the victim is often one process of the sandbox, and the rest goes on.
     """
-    for tree in trees():
+    for tree in trees() if cgroup else ():
         if tree.is_v2 or "memory" in tree.controllers:
             name = "memory.events" if tree.is_v2 else "memory.oom_control"
-            for line in _read(tree.mount / PARENT / container_id / name).splitlines():
+            for line in _read(_folder(tree, str(cgroup)) / name).splitlines():
                 key, _, value = line.partition(" ")
                 if key == "oom_kill" and value.strip() != "0":
                     return True
@@ -214,19 +232,31 @@ def oom_words(spec: Spec) -> str:
     return f"oom: killed for want of memory{limit}"
 
 
-def remove_cgroups(container_id: str, *, timeout_s: float = LEAVE_S) -> None:
-    """Remove the sandbox's cgroup from every tree, and end what is still in it. Safe to repeat.
+def remove_cgroups(cgroup: str, *, timeout_s: float = LEAVE_S) -> None:
+    """Remove a sandbox's cgroup from every tree, and end what is still in it. Safe to repeat.
 
     Raises:
         SandbatchError: A process in it does not die.
     """
     deadline = time.monotonic() + timeout_s
     for tree in trees():
-        folder = tree.mount / PARENT / container_id
+        folder = _folder(tree, cgroup)
         if folder.is_dir():
             faults.point("cgroup.remove.before")
             _remove(folder, deadline)
             faults.point("cgroup.remove.after")
+
+
+def list_cgroups(parents: Iterable[str]) -> Iterable[Path]:
+    """What lies below the parents `parents`, in every tree."""
+    for tree in trees():
+        for parent in parents:
+            with contextlib.suppress(FileNotFoundError):  # or a tree is hidden
+                yield from (Path(one.path) for one in os.scandir(tree.mount / parent) if one.is_dir())
+
+
+def _folder(tree: Tree, cgroup: str) -> Path:
+    return tree.mount / cgroup.lstrip("/")
 
 
 def _remove(folder: Path, deadline: float) -> None:
@@ -254,7 +284,7 @@ def _kill_all(folder: Path) -> None:
             handle = os.pidfd_open(int(pid))
             try:
                 # Only now, with the pid held, does its cgroup prove whose it is.
-                if f"/{PARENT}/{folder.name}" in _read(Path("/proc", pid, "cgroup")):
+                if f"/{folder.parent.name}/{folder.name}" in _read(Path("/proc", pid, "cgroup")):
                     signal.pidfd_send_signal(handle, signal.SIGKILL)
             finally:
                 os.close(handle)

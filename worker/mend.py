@@ -207,7 +207,7 @@ class _Work:
         for place in (settings.run_dir, settings.sandboxes_dir):
             leftovers.unmount_below(place, container_id)
         conmon.end_container(self._runsc(), container_id, folder / "bundle", settings.exit_dir)
-        limits.remove_cgroups(container_id)
+        limits.remove_cgroups(limits.cgroup_path(settings.cgroup_parent, container_id))
         for file in left_over(settings):
             if file.name.startswith(f"{container_id}."):
                 file.unlink(missing_ok=True)

@@ -19,7 +19,7 @@ from pydantic_settings import (
 
 from worker import faults
 from worker.errors import BadInput
-from worker.limits import LEAST_CPUS, LEAST_MEMORY, in_words
+from worker.limits import DEFAULT_PARENT, LEAST_CPUS, LEAST_MEMORY, in_words
 from worker.spec import host_name
 from worker.spec_parts import size
 
@@ -27,6 +27,8 @@ DEFAULT_CONFIG = Path("/etc/sandbatch/sandbatch.toml")
 BROKER_SCHEMES = ("redis://", "rediss://", "redis+socket://", "unix://")
 LOGIN = re.compile(r"://.*@|(?<=[?&]password=)[^&'\"]*")  # of a URL in an error
 PORTS = re.compile(r"^(?P<first>[0-9]{1,5})-(?P<last>[0-9]{1,5})$")
+PLAIN_NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_-]{0,63}$")
+CGROUP_FILES = ("tasks", "notify_on_release", "release_agent")  # of v1; the kernel's others have a dot
 MEMORY_PER_SANDBOX = 24 * 2**20  # 15 MB measured for an idle netstack sandbox, and room for a small program
 
 
@@ -55,6 +57,7 @@ class Settings(BaseSettings):
     default_memory: int | None = Field(None, description="bytes, or such as 512m; 0 for no limit")
     default_cpus: float | None = Field(None, ge=LEAST_CPUS)
     default_pids: int | None = Field(1024, ge=1)
+    cgroup_parent: str = DEFAULT_PARENT
     rootfs_allow: tuple[Path, ...] = ()
     mount_allow: tuple[Path, ...] = ()
     publish_ports: str = Field(
@@ -106,6 +109,13 @@ class Settings(BaseSettings):
             _ = urlsplit(value).port
         except ValueError:  # its words may hold a part of the password
             raise ValueError("it is no URL; in a password '/' is written %2F, ':' %3A, '@' %40") from None
+        return value
+
+    @field_validator("cgroup_parent")
+    @classmethod
+    def _cgroup_parent_is_a_plain_name(cls, value: str) -> str:
+        if not PLAIN_NAME.fullmatch(value) or value in CGROUP_FILES:
+            raise ValueError("one plain name is needed: letters, digits, - and _, at most 64")
         return value
 
     @field_validator("publish_ports")

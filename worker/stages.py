@@ -139,7 +139,8 @@ def make_bundle(host: Host, journal: Journal) -> dict[str, Any]:
 
 def bundle_data(config: dict[str, Any]) -> dict[str, Any]:
     """What the stage container and a pruner of rootfs must know of a bundle."""
-    return {"rootfs": config["root"]["path"], "has_cgroup": "cgroupsPath" in config["linux"]}
+    cgroup = config["linux"].get("cgroupsPath")
+    return {"rootfs": config["root"]["path"], "has_cgroup": cgroup is not None, "cgroup": cgroup}
 
 
 def prune_rootfs(settings: Settings) -> list[Path]:
@@ -179,14 +180,15 @@ def start_container(host: Host, journal: Journal) -> dict[str, Any]:
     """
     container_id, path = journal.container_id, netns.netns_path(journal.container_id)
     runsc = runsc_of(host, journal)
-    if runsc.has_cgroup:
-        limits.prepare()
+    cgroup = cgroup_of(journal)
+    if cgroup:
+        limits.prepare(cgroup)
     try:
         conmon.create(runsc, host.settings, container_id, journal.bundle, journal.log_path, path)
         _confirm_binds(host, journal)
         runsc.start(container_id, path)
     except RunscError as error:
-        if limits.was_oom_killed(container_id):
+        if limits.was_oom_killed(cgroup):
             raise RunscError(error.what, limits.oom_words(journal.spec), "give it more memory") from error
         raise
     return {}
@@ -214,7 +216,7 @@ def end_container(host: Host, journal: Journal) -> None:
     facts: dict[str, Any] = {}
     if exit_code is not None and "exit_code" not in journal.facts:
         facts["exit_code"] = exit_code  # it ended by itself: keep the code before the file goes
-    if "oom" not in journal.facts and limits.was_oom_killed(journal.container_id):
+    if "oom" not in journal.facts and limits.was_oom_killed(cgroup_of(journal)):
         facts["oom"] = True  # and this before the cgroup does
     if facts:
         journal.set_facts(**facts)
@@ -225,7 +227,13 @@ def end_container(host: Host, journal: Journal) -> None:
         host.settings.exit_dir,
         is_half_made=not journal.is_done("container"),
     )
-    limits.remove_cgroups(journal.container_id)
+    if cgroup := cgroup_of(journal):
+        limits.remove_cgroups(cgroup)
+
+
+def cgroup_of(journal: Journal) -> str | None:
+    """The cgroup that a sandbox may have; None for one that was spared it."""
+    return limits.made_cgroup(journal.data.get("bundle", {}), journal.container_id)
 
 
 def confirm_ready(host: Host, journal: Journal) -> dict[str, Any]:

@@ -24,8 +24,9 @@ from worker.launch import run_stage, undo_all
 from worker.probe_runsc import probe
 from worker.settings import Settings
 from worker.spec import Spec, make_spec, new_container_id
-from worker.stages import make_host
+from worker.stages import cgroup_of, make_host
 
+OTHER = "sandbatch-other"  # cgroup_parent of a second sandbatch
 LOOP = ("--", "sh", "-c", "(while :; do :; done) & while :; do :; done")
 EATER = "x = []\nwhile True: x.append(bytearray(2**20))"
 # A server that answers without a thread or a child, beside a fork bomb.
@@ -59,13 +60,15 @@ def cgroups(host_parts: None) -> Iterator[None]:
     if not {"memory", "cpu", "pids"} <= limits.controllers():
         lack("this machine has no cgroups with memory, cpu and pids")
     yield
-    for tree in limits.trees():
+    for folder in [
+        tree.mount / parent for tree in limits.trees() for parent in (limits.DEFAULT_PARENT, OTHER)
+    ]:
         with contextlib.suppress(OSError):  # it was there before, and another's sandboxes are in it
-            (tree.mount / limits.PARENT).rmdir()
+            folder.rmdir()
 
 
-def folders(container_id: str) -> list[Path]:
-    found = [tree.mount / limits.PARENT / container_id for tree in limits.trees()]
+def folders(container_id: str, parent: str = limits.DEFAULT_PARENT) -> list[Path]:
+    found = [tree.mount / parent / container_id for tree in limits.trees()]
     return [folder for folder in found if folder.is_dir()]
 
 
@@ -149,7 +152,7 @@ def test_an_orphaned_cgroup_is_found_and_removed(clean_system: System) -> None:
     """The folder for all is no leak; one with an id that no journal has is, and what still runs in it."""
     orphan = new_container_id()
     trees = [one for one in limits.trees() if one.is_v2 or {"memory", "pids"} & one.controllers]
-    made = sorted({one.mount / limits.PARENT / orphan for one in trees if one.mount.is_dir()})
+    made = sorted({one.mount / limits.DEFAULT_PARENT / orphan for one in trees if one.mount.is_dir()})
     for folder in made:
         folder.mkdir(parents=True)
     with subprocess.Popen(["sleep", "60"]) as left:
@@ -164,7 +167,9 @@ def test_an_orphaned_cgroup_is_found_and_removed(clean_system: System) -> None:
 @pytest.mark.timeout(300)
 def test_killed_around_its_cgroup_nothing_is_left(make_system: Any) -> None:
     """Limits by the host's default; kill -9 after runsc made the cgroup, and while it is removed."""
-    system = make_system(SANDBATCH_ALLOW_FAULTS="1", SANDBATCH_DEFAULT_MEMORY="128m")
+    system = make_system(
+        SANDBATCH_ALLOW_FAULTS="1", SANDBATCH_DEFAULT_MEMORY="128m", SANDBATCH_CGROUP_PARENT=OTHER
+    )
     for point in ("conmon.create.after", "cgroup.remove.after"):
         system.env["SANDBATCH_FAULTS"] = f"{point}:kill"
         system.start()
@@ -172,6 +177,7 @@ def test_killed_around_its_cgroup_nothing_is_left(make_system: Any) -> None:
         if point.startswith("cgroup"):
             system.wait([one], "running")
             assert system.show(one)["limits"]["memory_bytes"] == 128 * 2**20
+            assert (bool(folders(one, OTHER)), folders(one)) == (True, [])
             system.cli("rm", "--no-wait", one)
         system.wait_for_end()
         system.env.pop("SANDBATCH_FAULTS")
@@ -180,7 +186,7 @@ def test_killed_around_its_cgroup_nothing_is_left(make_system: Any) -> None:
         assert system.wait([one], goal) == {one: "exited" if goal == "terminal" else "running"}, point
         assert system.audit() == [], point
         system.cli("rm", "--all")
-        assert (folders(one), system.audit()) == ([], []), point
+        assert (folders(one, OTHER), system.audit()) == ([], []), point
         system.stop()
 
 
@@ -243,7 +249,7 @@ def test_the_least_memory_suffices(launch: Any) -> None:
     while "stdout F 1" not in known.log_path.read_text():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert not limits.was_oom_killed(known.container_id)
+    assert not limits.was_oom_killed(cgroup_of(known))
 
 
 def test_who_hops_between_users_meets_the_cgroup(launch: Any) -> None:

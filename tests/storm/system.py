@@ -176,7 +176,7 @@ class StormSystem(System):
             self.broker.stop()
         procs.end(procs.all_sandbox_processes(self.settings.runsc_root), timeout_s=10)
         for folder in self.sandboxes.glob("sb-*"):  # what a finding has left: the folders are kept to look at
-            limits.remove_cgroups(folder.name)
+            limits.remove_cgroups(limits.cgroup_path(limits.DEFAULT_PARENT, folder.name))
         for bridge in (self.bridge, *filter(None, [self._own_bridge()])):
             subprocess.run(["ip", "link", "del", bridge], check=False, capture_output=True)
 

@@ -26,7 +26,7 @@ def running(settings) -> Any:
         known = journals.create(settings.sandboxes_dir, CONTAINER_ID, attempt=1, batch="b", spec=wanted)
         for stage in ("netns", "network", "bundle", "container"):
             known.mark_begun(stage)
-            known.mark_done(stage, {})
+            known.mark_done(stage, {"has_cgroup": True} if stage == "bundle" else {})
         known.mark_begun("ready")
         if is_ready:
             known.mark_done("ready", {})
@@ -59,7 +59,7 @@ def test_who_ends_by_itself_is_exited_with_its_code(settings, running, code):
 @pytest.mark.parametrize("code", [1, 137, None])
 def test_who_was_killed_for_want_of_memory_failed_of_that(settings, running, monkeypatch, code):
     """The runsc of 2024 says 1 and the newer one 137; only the cgroup knows why."""
-    monkeypatch.setattr(limits, "was_oom_killed", lambda container_id: container_id == CONTAINER_ID)
+    monkeypatch.setattr(limits, "was_oom_killed", lambda cgroup: cgroup == f"/sandbatch/{CONTAINER_ID}")
     known = running(memory_bytes=64 * 2**20)
     assert ended(settings, known, code)
     assert (known.facts["wanted"], known.facts["reason"], known.facts["oom"]) == ("failed", "oom", True)
@@ -68,14 +68,14 @@ def test_who_was_killed_for_want_of_memory_failed_of_that(settings, running, mon
 
 def test_who_lost_a_process_to_it_and_went_on_is_exited(settings, running, monkeypatch):
     """With the runsc of 2024 the kernel may take one process of many; the fact is there all the same."""
-    monkeypatch.setattr(limits, "was_oom_killed", lambda container_id: True)
+    monkeypatch.setattr(limits, "was_oom_killed", lambda cgroup: True)
     known = running(memory_bytes=64 * 2**20)
     assert ended(settings, known, 0)
     assert (known.facts["wanted"], known.facts["reason"], known.facts["oom"]) == ("exited", "exit", True)
 
 
 def test_who_dies_of_its_memory_may_be_started_anew(settings, running, monkeypatch):
-    monkeypatch.setattr(limits, "was_oom_killed", lambda container_id: True)
+    monkeypatch.setattr(limits, "was_oom_killed", lambda cgroup: True)
     known = running(restart="on-failure:1")
     assert ended(settings, known, 137)
     assert not known.is_unwinding

@@ -4,15 +4,17 @@ from pathlib import Path
 
 import pytest
 
-from worker import limits
+from worker import audit, limits
 from worker.bundle import make_config
 from worker.errors import BadInput, SandbatchError
 from worker.launch import with_host_limits
 from worker.limits import Tree, find_trees
 from worker.settings import Settings
 from worker.spec import Spec, make_spec
+from worker.stages import bundle_data
 
 ONE = "sb-00000000000000a1"
+CGROUP = f"/sandbatch/{ONE}"
 # Of real machines: hybrid with joined controllers; systemd's unified; docker with a v1 tree of its own.
 HYBRID = """\
 25 20 0:22 / /sys rw,nosuid shared:7 - sysfs sysfs rw
@@ -122,14 +124,14 @@ def test_v2_has_one_tree_with_all_of_them(tmp_path, trees, has_swap):
     limits.check_here(make_spec(args=["true"], memory_bytes=2**30))
     memory = config(tmp_path, memory_bytes=2**30)["linux"]["resources"]["memory"]
     assert memory == {"limit": 2**30, **({"swap": 2**30} if has_swap else {})}
-    limits.prepare()
-    limits.prepare()
-    assert (mount / limits.PARENT).is_dir()
+    limits.prepare(CGROUP)
+    limits.prepare(CGROUP)
+    assert (mount / limits.DEFAULT_PARENT).is_dir()
 
 
 def test_in_v1_runsc_makes_the_folder_for_all_of_ours(trees):
     mounts = trees(memory="rw,memory", v2="")
-    limits.prepare()
+    limits.prepare(CGROUP)
     assert [list(mount.iterdir()) for mount in mounts.values()] == [[], []]
 
 
@@ -179,27 +181,54 @@ def test_sizes_are_said_as_they_are_asked_for(size, words):
     ],
 )
 def test_the_kernel_says_whether_it_killed(trees, name, file, text, was):
-    folder = trees(**{name: "rw,memory"})[name] / limits.PARENT / ONE
-    assert not limits.was_oom_killed(ONE)  # no cgroup at all
+    folder = trees(**{name: "rw,memory"})[name] / limits.DEFAULT_PARENT / ONE
+    assert not limits.was_oom_killed(CGROUP)  # no cgroup at all
     folder.mkdir(parents=True)
     (folder / file).write_text(text)
-    assert limits.was_oom_killed(ONE) is was
+    assert limits.was_oom_killed(CGROUP) is was
 
 
 def test_a_cgroup_goes_from_every_tree_and_its_neighbours_stay(trees):
     mounts = trees(memory="rw,memory", cpu="rw,cpu", v2="")
     for mount in mounts.values():
         for name in (ONE, "sb-00000000000000a2"):
-            (mount / limits.PARENT / name).mkdir(parents=True)
-    limits.remove_cgroups(ONE)
-    limits.remove_cgroups(ONE)
-    left = {path.name for mount in mounts.values() for path in (mount / limits.PARENT).iterdir()}
+            (mount / limits.DEFAULT_PARENT / name).mkdir(parents=True)
+    limits.remove_cgroups(CGROUP)
+    limits.remove_cgroups(CGROUP)
+    left = {path.name for mount in mounts.values() for path in (mount / limits.DEFAULT_PARENT).iterdir()}
     assert left == {"sb-00000000000000a2"}
 
 
 def test_a_cgroup_that_cannot_go_is_an_error_that_names_it(trees):
     """The undo stays due, and audit goes on showing it."""
-    folder = trees(memory="rw,memory")["memory"] / limits.PARENT / ONE
+    folder = trees(memory="rw,memory")["memory"] / limits.DEFAULT_PARENT / ONE
     (folder / "child").mkdir(parents=True)
     with pytest.raises(SandbatchError, match=f"cgroup .*{ONE}"):
-        limits.remove_cgroups(ONE, timeout_s=0)
+        limits.remove_cgroups(CGROUP, timeout_s=0)
+
+
+def test_the_setting_says_where_cgroups_lie_and_the_journal_where_one_was_made(tmp_path, trees):
+    """Who changes the setting while sandboxes live must not lose their cgroups."""
+    trees(memory="rw,memory", cpu="rw,cpu")
+    settings = Settings(state_dir=tmp_path / "state", run_dir=tmp_path / "run", cgroup_parent="mine")
+    made = make_config(make_spec(args=["true"], cpus=1.0), ONE, Path("/var/run/netns") / ONE, settings)
+    assert made["linux"]["cgroupsPath"] == f"/mine/{ONE}"
+    assert limits.made_cgroup(bundle_data(made), ONE) == f"/mine/{ONE}"
+    assert limits.made_cgroup({"has_cgroup": True}, ONE) == CGROUP  # of release 0.1.0
+    assert limits.made_cgroup({"has_cgroup": False}, ONE) is None
+    assert limits.made_cgroup({"has_cgroup": False, "cgroup": None}, ONE) is None
+
+
+def test_the_audit_does_not_see_another_sandbatchs_cgroups(tmp_path, trees, monkeypatch):
+    """Two of one machine have ids of the same pattern."""
+    for name in ("_network_objects", "_processes", "_egress"):
+        monkeypatch.setattr(audit, name, lambda *_: None)
+    monkeypatch.setattr(audit, "_netns", dict)
+    mount = trees(memory="rw,memory", cpu="rw,cpu")["memory"]
+    for folder in (mount / "mine" / ONE, mount / "sandbatch" / ONE):
+        folder.mkdir(parents=True)
+    own = {"state_dir": tmp_path / "state", "run_dir": tmp_path / "run"}
+    for parent in ("mine", "sandbatch"):
+        found = audit.audit(Settings(**own, cgroup_parent=parent))
+        assert [(one.kind, one.name) for one in found] == [("cgroup", str(mount / parent / ONE))]
+    assert audit.audit(Settings(**own, cgroup_parent="another")) == []

@@ -153,6 +153,15 @@ def test_no_error_shows_the_password_of_the_broker(file, text):
     assert "setting" in words
 
 
+@pytest.mark.parametrize("value", ["", ".", "..", "a/b", "/a", "memory.max", "tasks", "a b", "x" * 65])
+def test_a_parent_of_cgroups_is_a_plain_name(monkeypatch, value):
+    """It becomes a folder in each hierarchy, beside the kernel's own files."""
+    monkeypatch.setenv("SANDBATCH_CGROUP_PARENT", value)
+    assert "one plain name is needed" in refusal()
+    monkeypatch.setenv("SANDBATCH_CGROUP_PARENT", "sandbatch-2")
+    assert load_settings().cgroup_parent == "sandbatch-2"
+
+
 def test_limits_may_have_units_and_zero_is_none(monkeypatch):
     """As docker has them on its command line."""
     defaults = load_settings()
