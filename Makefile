@@ -6,7 +6,7 @@ SOURCES := worker tasks cli tests bench
 export DEBIAN_FRONTEND := noninteractive
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint storm bench clean host test-host
+.PHONY: demo test lint storm fleet bench clean host test-host
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -36,6 +36,11 @@ SEED ?=
 KILLS ?= 1000
 storm: $(VENV)/.dev test-host
 	$(BIN)/python -m tests.storm --kills $(KILLS) $(if $(SEED),--seed $(SEED))
+
+# Several hosts on this machine, to look at: each in namespaces of its own, with a prompt to cut, kill and reboot them.
+HOSTS ?= 8
+fleet: $(VENV)/.dev test-host
+	@$(BIN)/python -m tests.hosts --hosts $(HOSTS)
 
 bench: $(VENV)/.dev host
 	$(BIN)/python bench/launch.py

@@ -21,8 +21,8 @@ from tasks.record import Record
 from worker.settings import Settings
 
 START_S = 40.0
-_PROBE = Path(tempfile.mkdtemp(prefix="sandbatch-tests-")) / "runsc-probe.json"
-atexit.register(shutil.rmtree, _PROBE.parent, ignore_errors=True)
+PROBE = Path(tempfile.mkdtemp(prefix="sandbatch-tests-")) / "runsc-probe.json"
+atexit.register(shutil.rmtree, PROBE.parent, ignore_errors=True)
 SERVER = ("--cwd", "/var/www/html", "--ready", "http:8000/", "--", "python3", "-m", "http.server", "8000")
 
 # A CNI plugin that records its calls; a file beside it says how it misbehaves: "VERB exit1|hang|garbage".
@@ -63,9 +63,9 @@ class System:
         self.plugins.mkdir(exist_ok=True)
         self.bridge = f"sbt{self.subnet.split('.')[1]}"
         self.network("bridged")
-        if _PROBE.is_file():  # judge runsc once a session, not once a system
+        if PROBE.is_file():  # judge runsc once a session, not once a system
             (self.folder / "state").mkdir()
-            shutil.copy2(_PROBE, self.folder / "state")
+            shutil.copy2(PROBE, self.folder / "state")
 
     # -- its parts -----------------------------------------------------------------------------------
 
@@ -190,9 +190,9 @@ class System:
                 self.start()
             self.cli("rm", "--all")
         self.stop()
-        found = self.folder / "state" / _PROBE.name
+        found = self.folder / "state" / PROBE.name
         if found.is_file():
-            shutil.copy2(found, _PROBE)
+            shutil.copy2(found, PROBE)
         subprocess.run(["ip", "link", "del", self.bridge], check=False, capture_output=True)
         shutil.rmtree(self.folder)
 
