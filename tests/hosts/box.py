@@ -64,12 +64,19 @@ class Box:
         return child
 
     def holds(self, pid: int) -> bool:
-        """Whether a process of this machine lives in the box."""
-        try:
-            theirs, ours = os.stat(f"/proc/{pid}/ns/pid"), os.stat(f"/proc/{self.pid}/ns/pid")
-        except (FileNotFoundError, ProcessLookupError):
-            return False  # it has just ended
-        return os.path.samestat(theirs, ours)
+        """Whether a process of this machine lives in the box, or an ancestor of it does.
+
+        Newer runscs give their sandbox a process namespace of its own, below the box's.
+        """
+        own = os.stat(f"/proc/{self.pid}/ns/pid")
+        while pid > 1:
+            try:
+                if os.path.samestat(os.stat(f"/proc/{pid}/ns/pid"), own):
+                    return True
+                pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            except (FileNotFoundError, ProcessLookupError):
+                break  # it has just ended
+        return False
 
     def kill(self) -> None:
         """Everything in it dies at once, as by a power cut. Safe to repeat; returns when all is gone."""
