@@ -19,7 +19,6 @@ from celery.signals import (
 from tasks import workflow
 from tasks.app import settings
 from tasks.connection import connect
-from tasks.gate import Gate
 from tasks.host_step import HostStep, host_owner
 from tasks.record import Record
 from worker import faults, gc, reconcile, stages
@@ -76,7 +75,6 @@ def run_worker(*, log_level: str = "INFO") -> None:
     returned = take_back_messages()
     log.info("%d messages of the worker before are back in their queues", returned)
     workflow.app.steps["worker"].add(HostStep)
-    workflow.app.steps["consumer"].add(Gate)
     # The worker is root on purpose: netns, CNI and runsc need it; only JSON is accepted.
     warnings.filterwarnings("ignore", category=SecurityWarning)
     workflow.this_host()  # the probe runs here once, not in each child

@@ -16,10 +16,11 @@ from kombu.exceptions import KombuError
 from tasks import workflow
 from tasks.app import settings
 from tasks.connection import connect
-from tasks.gate import no_room
 from tasks.host_calls import make_service
+from tasks.host_record import HEARTBEAT_S
 from tasks.messages import Order
-from tasks.record import HEARTBEAT_S, Record
+from tasks.puller import Puller, no_room
+from tasks.record import Record
 from tasks.sweeper import sweep_fleet, sweep_host
 from worker import journal as journals
 from worker import logs, reconcile
@@ -53,6 +54,8 @@ class HostStep(bootsteps.StartStopStep):
         self._broker_life = ""
         self._later = reconcile.Later(self._settings)
         self._guard = Guard(self._settings)
+        puller_record = Record(connect(self._settings, patient=True))  # it blocks on this connection
+        self._puller = Puller(workflow.app, puller_record, self._settings, lambda: offer(self._settings))
         self._keeper = Keeper(self._settings, workflow.this_host(), Messages())
         self._keeper.start()
         self._calls = make_service(self._settings)
@@ -62,6 +65,7 @@ class HostStep(bootsteps.StartStopStep):
 
     def stop(self, parent: Any) -> None:
         self._stop.set()
+        self._puller.stop()
         self._calls.stop()
         self._thread.join(timeout=5)
         self._keeper.stop()
@@ -79,6 +83,7 @@ class HostStep(bootsteps.StartStopStep):
                 if due_s <= 0:
                     self._reconcile()
                     due_s = self._settings.reconcile_s
+                    self._puller.start()  # what the worker before has left comes first
             except (redis.RedisError, KombuError, OSError, SandbatchError) as error:
                 log.warning("host %s: its look at what is due is put off: %s", self._settings.host, error)
                 due_s = 0.0
@@ -152,6 +157,16 @@ class Messages:
         workflow.step("stop", order, reason=reason).apply_async()
 
 
+def offer(current: Settings) -> dict[str, Any]:
+    """What this host has in all, for script TAKE."""
+    networks, _ = list_networks((current.own_cni_conf_dir, current.cni_conf_dir))
+    return {
+        "capacity": current.capacity,
+        "slots": current.slots,
+        "rooms": dict.fromkeys(networks, -1),
+    }
+
+
 def host_facts(current: Settings) -> dict[str, Any]:
     """What clients may know of this host: room, versions, networks, allowed folders."""
     networks, broken = list_networks((current.own_cni_conf_dir, current.cni_conf_dir))
@@ -168,6 +183,7 @@ def host_facts(current: Settings) -> dict[str, Any]:
         "mount_allow": [str(path) for path in current.mount_allow],
         "kernel": platform.release(),
         "not_ready": no_room(current),
+        "pulls": True,  # release 0.1.0 waits for messages instead
         "boot_id": boot_id(),  # so that a client knows whether a host is its own machine
     }
 

@@ -1,81 +1,290 @@
-"""The Lua scripts of the record: each change compares, writes and tells in one step."""
+"""The Lua scripts of the record: each change compares, writes, counts and tells in one step."""
 
-import json
+from tasks.keys import BELLS_KEPT, PREFIX
+from tasks.state import MOVES, TERMINAL, State
 
-from tasks.state import MOVES, TERMINAL
-
-MOVES_JSON = json.dumps({str(old): [str(new) for new in news] for old, news in MOVES.items()})
-TERMINAL_JSON = json.dumps([str(state) for state in TERMINAL])
 NO_RECORD = -2  # an answer of PUT
+BROKEN = 3  # an answer of PUT: written, and the batch's rule cannot be met any more
+MOST_LOOKED_AT = 100  # of each class, in one TAKE: what does not fit must not make it slow
 
-# KEYS: record, events, sandboxes of the host, queued.  ARGV: id, state to come, now, moves, terminal states,
-# attempt, seq ('' = not from a journal), expiry of terminal records in s, length of the stream, the
-# state that it must be in ('' = any), then field, value, ...
-# Answers: 1 written, 0 nothing new, -1 fenced off (an older attempt, or no such move), -2 no such record.
-PUT = """
-local state = redis.call('HGET', KEYS[1], 'state')
+
+def _names(states: "frozenset[State] | set[State]") -> str:
+    return "{" + ",".join(f"['{state}']=true" for state in sorted(states)) + "}"
+
+
+# What the scripts share. Keys are made here, by name: sandbatch needs one Redis, not a cluster.
+_COMMON = f"""
+local P = '{PREFIX}'
+local TERMINAL = {_names(TERMINAL)}
+local MOVES = {{{",".join(f"['{old}']={_names(set(news))}" for old, news in MOVES.items())}}}
+""" + """
+local function rec(id) return P .. 'sb:' .. id end
+local function host_key(host, what) return P .. 'host:' .. host .. ':' .. what end
+
+local function ring(where)
+  redis.call('XADD', where, 'MAXLEN', '~', BELLS_KEPT, '*', 'look', '1')
+end
+
+local function tell(id, batch, state, host, at, kept)
+  redis.call('XADD', P .. 'events', 'MAXLEN', '~', kept, '*',
+             'id', id, 'batch', batch, 'state', state, 'host', host, 't', at)
+end
+
+-- Let a sandbox be taken; `now` is its place in the line.
+local function offer(id, now)
+  local class = redis.call('HGET', rec(id), 'queue')
+  redis.call('ZADD', P .. 'queue:' .. class, now, id)
+  redis.call('ZADD', P .. 'queued', now, id)
+end
+
+-- Of a batch that holds some back: let as many go as its rule allows now.
+local function release(batch, now)
+  local key = P .. 'batch:' .. batch
+  local max, waves, released, up, ended, stopped =
+    unpack(redis.call('HMGET', key, 'max', 'waves', 'released', 'up', 'ended', 'cancelled'))
+  if stopped or redis.call('EXISTS', key .. ':held') == 0 then return end
+  released, up, ended = tonumber(released or 0), tonumber(up or 0), tonumber(ended or 0)
+  local most = math.huge
+  if max then most = tonumber(max) - (released - ended) end
+  if waves then
+    local size = 0
+    local reached = nil
+    for _, wave in ipairs(cjson.decode(waves)) do
+      size = size + wave
+      reached = wave
+      if up < size then break end
+    end
+    while up >= size do size = size + reached end  -- the last wave's size goes on
+    most = math.min(most, size - released)
+  end
+  local count = 0
+  while count < most do
+    local id = redis.call('LPOP', key .. ':held')
+    if not id then break end
+    redis.call('HDEL', rec(id), 'held')
+    if redis.call('HGET', rec(id), 'state') == 'queued' then  -- else it was cancelled meanwhile, and counted
+      offer(id, now)
+      count = count + 1
+    end
+  end
+  if count > 0 then
+    redis.call('HINCRBY', key, 'released', count)
+    ring(P .. 'bell')
+  end
+end
+
+-- The outcome of a batch, once all have ended; true if its rule cannot be met any more and it is to stop.
+local function verdict(batch, at, expiry, kept)
+  local key = P .. 'batch:' .. batch
+  local total, ended, good, bad, needed, fail_fast, cancelled, outcome, open = unpack(redis.call('HMGET',
+    key, 'total', 'ended', 'good', 'bad', 'needed', 'fail_fast', 'cancelled', 'outcome', 'open'))
+  if not total or outcome or open then return false end
+  total, ended, good, bad = tonumber(total), tonumber(ended or 0), tonumber(good or 0), tonumber(bad or 0)
+  local least = tonumber(needed or total)
+  if ended >= total then
+    outcome = cancelled and 'cancelled' or (good >= least and 'succeeded' or 'failed')
+    redis.call('HSET', key, 'outcome', outcome, 'ended_at', at)
+    for _, part in ipairs({'', ':ids', ':held'}) do redis.call('EXPIRE', key .. part, expiry) end
+    tell('', batch, outcome, '', at, kept)
+    return false
+  end
+  if fail_fast and not cancelled and total - bad < least then
+    redis.call('SADD', P .. 'broken', batch)  -- should the asker die, the sweep does it
+    return true
+  end
+  return false
+end
+
+-- Count a move of a sandbox for its batch; true as `verdict`.
+local function account(id, state, at, expiry, kept, now)
+  local batch, counted, held, reason, code, replaced = unpack(redis.call('HMGET', rec(id),
+    'batch', 'up', 'held', 'reason', 'exit_code', 'replaced_by'))
+  local key = P .. 'batch:' .. (batch or '')
+  if not batch or replaced or redis.call('EXISTS', key) == 0 then return false end
+  if not (state == 'running' or TERMINAL[state]) then return false end
+  if not counted then
+    redis.call('HSET', rec(id), 'up', '1')
+    redis.call('HINCRBY', key, 'up', 1)
+  end
+  if TERMINAL[state] then
+    if held then redis.call('HINCRBY', key, 'released', 1) end
+    redis.call('HINCRBY', key, 'ended', 1)
+    local good = state == 'exited' and
+      (code == '0' or reason == 'stop' or reason == 'ttl' or reason == 'rm')
+    redis.call('HINCRBY', key, good and 'good' or 'bad', 1)
+  end
+  release(batch, now)
+  return TERMINAL[state] and verdict(batch, at, expiry, kept)
+end
+
+local function drained(host)
+  local wish = redis.call('HGET', P .. 'drains', host)
+  return wish and cjson.decode(wish)['drained']
+end
+""".replace("BELLS_KEPT", str(BELLS_KEPT))
+
+# ARGV: id, state, now (text), attempt, seq ('' = not from a journal), expiry of terminal records in s, length
+# of the stream, the state that it must be in ('' = any), now (s), then field, value, ...
+# Answers: 1 written, 0 nothing new, -1 fenced off (an older attempt, or no such move), NO_RECORD, BROKEN.
+PUT = (
+    _COMMON
+    + """
+local id, target, at, attempt, seq = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5]
+local expiry, kept, only_from, now = ARGV[6], ARGV[7], ARGV[8], ARGV[9]
+local state, old_attempt, old_seq = unpack(redis.call('HMGET', rec(id), 'state', 'attempt', 'seq'))
 if not state then return -2 end
-if ARGV[10] ~= '' and ARGV[10] ~= state then return -1 end
-local attempt = tonumber(redis.call('HGET', KEYS[1], 'attempt'))
-if tonumber(ARGV[6]) < attempt then return -1 end
-if ARGV[7] ~= '' then
-  local seq = tonumber(redis.call('HGET', KEYS[1], 'seq') or '0')
-  if tonumber(ARGV[6]) == attempt and tonumber(ARGV[7]) <= seq then return 0 end
-end
-local target = ARGV[2]
-local terminal_now = false
-for _, name in ipairs(cjson.decode(ARGV[5])) do
-  if name == state then terminal_now = true end
-end
+if only_from ~= '' and only_from ~= state then return -1 end
+old_attempt = tonumber(old_attempt)
+if attempt < old_attempt then return -1 end
+if seq ~= '' and attempt == old_attempt and tonumber(seq) <= tonumber(old_seq or '0') then return 0 end
 if target ~= state then
-  local allowed = tonumber(ARGV[6]) > attempt and not terminal_now  -- a new attempt begins anew
-  for _, move in ipairs(cjson.decode(ARGV[4])[state]) do
-    if move == target then allowed = true end
-  end
-  if not allowed then return -1 end
+  local begins_anew = attempt > old_attempt and not TERMINAL[state]
+  if not begins_anew and not MOVES[state][target] then return -1 end
 end
-redis.call('HSET', KEYS[1], 'state', target, 'attempt', ARGV[6])
-if ARGV[7] ~= '' then redis.call('HSET', KEYS[1], 'seq', ARGV[7]) end
-for i = 11, #ARGV, 2 do redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
-if target ~= state then
-  redis.call('ZREM', KEYS[4], ARGV[1])
-  local host = redis.call('HGET', KEYS[1], 'host') or ''
-  local batch = redis.call('HGET', KEYS[1], 'batch') or ''
-  local terminal = false
-  for _, name in ipairs(cjson.decode(ARGV[5])) do
-    if name == target then terminal = true end
+redis.call('HSET', rec(id), 'state', target, 'attempt', attempt)
+if seq ~= '' then redis.call('HSET', rec(id), 'seq', seq) end
+if #ARGV > 9 then redis.call('HSET', rec(id), unpack(ARGV, 10)) end
+local host, batch, class, stage = unpack(redis.call('HMGET', rec(id), 'host', 'batch', 'queue', 'stage'))
+if host then
+  local is_launch = target == 'placed' or (target == 'launching' and stage ~= 'ready')
+  local left = not is_launch and redis.call('SREM', host_key(host, 'launching'), id) or 0
+  if TERMINAL[target] then
+    redis.call('HDEL', host_key(host, 'memory'), id)
+    left = left + redis.call('SREM', host_key(host, 'sandboxes'), id)
   end
-  if terminal then
-    redis.call('HSETNX', KEYS[1], 'ended_at', ARGV[3])
-    redis.call('EXPIRE', KEYS[1], ARGV[8])
-    redis.call('SREM', KEYS[3], ARGV[1])
-  end
-  redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[9], '*',
-             'id', ARGV[1], 'batch', batch, 'state', target, 'host', host, 't', ARGV[3])
+  if left > 0 then ring(P .. 'bell:' .. host) end
 end
-return 1
+if target == state then return 1 end
+if state == 'queued' then
+  redis.call('ZREM', P .. 'queued', id)
+  if class then redis.call('ZREM', P .. 'queue:' .. class, id) end
+end
+if TERMINAL[target] then
+  redis.call('HSETNX', rec(id), 'ended_at', at)
+  redis.call('EXPIRE', rec(id), expiry)
+end
+tell(id, batch or '', target, host or '', at, kept)
+return account(id, target, at, expiry, kept, now) and 3 or 1
 """
+)
 
-# KEYS: record, events, sandboxes of the host, queued.  ARGV: id, host, attempt, now, length of the stream.
-# Answers: 1 claimed, 2 was mine already, 0 not to be had.
-CLAIM = """
-local state = redis.call('HGET', KEYS[1], 'state')
-local attempt = redis.call('HGET', KEYS[1], 'attempt')
-if not state or attempt ~= ARGV[3] or redis.call('HGET', KEYS[1], 'removed') then return 0 end
-if state == 'placed' and redis.call('HGET', KEYS[1], 'host') == ARGV[2] then return 2 end
-if state ~= 'queued' then return 0 end
-redis.call('HSET', KEYS[1], 'state', 'placed', 'host', ARGV[2], 'placed_at', ARGV[4])
-redis.call('SADD', KEYS[3], ARGV[1])
-redis.call('ZREM', KEYS[4], ARGV[1])
-redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[5], '*', 'id', ARGV[1],
-           'batch', redis.call('HGET', KEYS[1], 'batch') or '', 'state', 'placed',
-           'host', ARGV[2], 't', ARGV[4])
-return 1
+# A host takes what fits into its room, in the order of the line: what is pinned to it, what its labels were
+# asked for, what any host may have.
+# ARGV: host, now (text), length of the stream, offer as JSON: capacity, slots, memory (0: not counted),
+# labels, rooms (of each network; -1: without a limit), kinds of specs; most to take.
+# Answers: id, attempt, id, attempt, ...
+TAKE = (
+    _COMMON
+    + f"local MOST_LOOKED_AT = {MOST_LOOKED_AT}"
+    + """
+local host, at, kept, have, most = ARGV[1], ARGV[2], ARGV[3], cjson.decode(ARGV[4]), tonumber(ARGV[5])
+if drained(host) then return {} end
+local held, launching = host_key(host, 'sandboxes'), host_key(host, 'launching')
+local under_way = 0
+for _, id in ipairs(redis.call('SMEMBERS', launching)) do  -- what was lost there is mended here
+  local state, stage, owner = unpack(redis.call('HMGET', rec(id), 'state', 'stage', 'host'))
+  if owner == host and (state == 'placed' or (state == 'launching' and stage ~= 'ready')) then
+    under_way = under_way + 1
+  else
+    redis.call('SREM', launching, id)
+  end
+end
+most = math.min(most, have.slots - under_way, have.capacity - redis.call('SCARD', held))
+if most <= 0 then return {} end
+local memory = math.huge
+if have.memory > 0 then
+  memory = have.memory
+  for _, bytes in ipairs(redis.call('HVALS', host_key(host, 'memory'))) do
+    memory = memory - tonumber(bytes)
+  end
+end
+local kinds = {}
+for _, kind in ipairs(have.kinds) do kinds[kind] = true end
+
+local function rooms_for(nets, is_pinned)
+  for net in string.gmatch(nets, '[^,]+') do
+    local room = have.rooms[net]
+    if room == 0 or (room == nil and not is_pinned) then return false end
+  end
+  return true
+end
+
+local function matches(class)
+  for name, value in string.gmatch(string.sub(class, 4) .. ',', '([^=,]+)=([^,]*),') do
+    if have.labels[name] ~= value then return false end
+  end
+  return true
+end
+
+local classes = {'host:' .. host}
+for _, class in ipairs(redis.call('SMEMBERS', P .. 'queues')) do
+  if redis.call('EXISTS', P .. 'queue:' .. class) == 0 then
+    redis.call('SREM', P .. 'queues', class)
+  elseif matches(class) then
+    classes[#classes + 1] = class
+  end
+end
+classes[#classes + 1] = 'any'
+
+local taken = {}
+for number, class in ipairs(classes) do
+  for _, id in ipairs(redis.call('ZRANGE', P .. 'queue:' .. class, 0, MOST_LOOKED_AT - 1)) do
+    if #taken >= 2 * most then return taken end
+    local state, attempt, batch, kind, needs, nets, removed, cancelled = unpack(redis.call('HMGET', rec(id),
+      'state', 'attempt', 'batch', 'kind', 'memory', 'nets', 'removed', 'cancel'))
+    if state ~= 'queued' then
+      redis.call('ZREM', P .. 'queue:' .. class, id)
+    elseif not removed and not cancelled and kinds[kind] and tonumber(needs) <= memory
+        and rooms_for(nets, number == 1) then
+      redis.call('HSET', rec(id), 'state', 'placed', 'host', host, 'placed_at', at)
+      redis.call('SADD', held, id)
+      redis.call('SADD', launching, id)
+      redis.call('HSET', host_key(host, 'memory'), id, needs)
+      redis.call('ZREM', P .. 'queue:' .. class, id)
+      redis.call('ZREM', P .. 'queued', id)
+      memory = memory - tonumber(needs)
+      for net in string.gmatch(nets, '[^,]+') do
+        if have.rooms[net] and have.rooms[net] > 0 then have.rooms[net] = have.rooms[net] - 1 end
+      end
+      tell(id, batch or '', 'placed', host, at, kept)
+      taken[#taken + 1] = id
+      taken[#taken + 1] = attempt
+    end
+  end
+end
+return taken
 """
+)
 
-# KEYS: record.  ARGV: field, value.
+# Put sandboxes of the records in the line, where their class says. ARGV: now (s), id, ...
+OFFER = (
+    _COMMON
+    + """
+for number = 2, #ARGV do
+  if redis.call('HGET', rec(ARGV[number]), 'state') == 'queued' then offer(ARGV[number], ARGV[1]) end
+end
+ring(P .. 'bell')
+"""
+)
+
+# All of a batch is written: what it holds back may go as its rule says.
+# ARGV: batch, now (text), now (s), expiry, length of the stream.
+CLOSE = (
+    _COMMON
+    + """
+redis.call('HDEL', P .. 'batch:' .. ARGV[1], 'open')
+redis.call('ZREM', P .. 'open', ARGV[1])
+release(ARGV[1], ARGV[3])
+return verdict(ARGV[1], ARGV[2], ARGV[4], ARGV[5]) and 3 or 1
+"""
+)
+
+# ARGV: id, field, value.
 # Only where there is one: a field by itself would make a record without an end.
-MARK = "if redis.call('EXISTS', KEYS[1]) == 1 then redis.call('HSET', KEYS[1], ARGV[1], ARGV[2]) end"
+MARK = f"""
+local key = '{PREFIX}sb:' .. ARGV[1]
+if redis.call('EXISTS', key) == 1 then redis.call('HSET', key, ARGV[2], ARGV[3]) end
+"""
 
 # KEYS: owner of a host's name.  ARGV: owner, seconds.
 NAME = """

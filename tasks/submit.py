@@ -1,16 +1,16 @@
 """What clients do: enqueue, remove. By task name, so that a laptop needs nothing of a host."""
 
 import contextlib
-import re
 import secrets
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+import redis
 from celery import Celery
-from kombu.exceptions import KombuError
 
 from tasks.app import options
+from tasks.batch import NAME, BatchPlan
 from tasks.connection import public_url
 from tasks.messages import Order
 from tasks.record import Record
@@ -19,31 +19,34 @@ from worker.errors import BadInput, BrokerError
 from worker.settings import Settings
 from worker.spec import Spec, new_container_id
 
-BATCH_NAME = re.compile(r"^[a-zA-Z0-9][a-zA-Z0-9_.\-]{0,62}$")
 BATCH_SIZE = 1000  # messages in one pipeline
 
 
 def submit(
-    app: Celery, record: Record, settings: Settings, specs: Sequence[Spec], batch: str | None = None
+    app: Celery,
+    record: Record,
+    settings: Settings,
+    specs: Sequence[Spec],
+    batch: str | None = None,
+    plan: BatchPlan | None = None,
 ) -> tuple[str, list[str]]:
-    """Enqueue sandboxes: the records first, then the messages; returns batch id and sandbox ids.
+    """Enqueue sandboxes; returns batch id and sandbox ids. Hosts take them as they have room.
 
     Raises:
-        BadInput: `batch` is no name.
+        BadInput: `batch` is no name, or one that is there and would get another rule.
         BrokerError: The broker went away half-way; what was written is `queued` and is shown by `ls`.
     """
-    if batch is not None and not BATCH_NAME.fullmatch(batch):
+    if batch is not None and not NAME.fullmatch(batch):
         raise BadInput(
             f"batch name {batch!r}", "letters, digits, '_', '.', '-', at most 63", "choose another"
         )
+    if batch is not None and plan is not None and record.batch(batch) is not None:
+        raise BadInput(f"batch {batch}", "there is one already", "choose another name")
     batch = batch or "b-" + secrets.token_hex(6)
     ids = [new_container_id() for _ in specs]
-    record.enqueue(batch, list(zip(ids, specs, strict=True)))
     try:
-        publish_place(
-            app, [(container_id, 1, spec.host) for container_id, spec in zip(ids, specs, strict=True)]
-        )
-    except (KombuError, OSError) as error:
+        record.enqueue(batch, list(zip(ids, specs, strict=True)), plan)
+    except (redis.ConnectionError, redis.TimeoutError) as error:
         raise BrokerError(
             f"broker {public_url(settings)}", str(error), f"batch {batch} may wait in part"
         ) from None
@@ -51,7 +54,9 @@ def submit(
 
 
 def publish_place(app: Celery, wanted: Sequence[tuple[str, int, str | None]]) -> None:
-    """Publish `place` for (id, attempt, host); harmless to repeat."""
+    """Publish `place` for (id, attempt, the host that has taken it); harmless to repeat."""
+    if not wanted:
+        return
     with app.producer_pool.acquire(block=True) as acquired, contextlib.ExitStack() as batch:
         producer: Any = acquired  # the types know kombu 5.6, which has no batch()
         batch.enter_context(producer.batch(BATCH_SIZE))
@@ -67,10 +72,20 @@ def publish_place(app: Celery, wanted: Sequence[tuple[str, int, str | None]]) ->
             )
 
 
+def cancel(app: Celery, record: Record, batch: str) -> None:
+    """Drop what waits of a batch, undo what hosts have of it; records and logs stay. Harmless to repeat."""
+    record.stop_batch(batch)
+    live = [one for one in record.get_all(record.batch_ids(batch)) if one["state"] not in TERMINAL]
+    left = record.cancel_all([one["id"] for one in live])
+    for one in record.get_all(left):
+        if one["state"] not in TERMINAL:
+            publish_unwind(app, one["id"], one["attempt"], one["host"], State.CANCELLED)
+
+
 def remove(app: Celery, record: Record, sandboxes: Sequence[dict[str, Any]]) -> None:
     """Ask for the end of sandboxes; their hosts undo them. Those that nobody has taken are cancelled at once.
 
-    First the wish, in the record: a host that has just claimed one sees it before it begins.
+    First the wish, in the record: a host that has just taken one sees it before it begins.
     """
     record.mark_removed([sandbox["id"] for sandbox in sandboxes])
     for sandbox in sandboxes:

@@ -6,19 +6,18 @@ Celery over Redis may lose a message (docs/celery.md). Everything published here
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 from celery import Celery
 
-from tasks.app import LAUNCH_QUEUE, PRIORITY, host_queue
 from tasks.record import Record, Wish
 from tasks.state import State
-from tasks.submit import publish_place, publish_stop, publish_unwind
+from tasks.submit import cancel, publish_place, publish_stop, publish_unwind
 from worker import journal
 from worker.errors import JournalError
 
 LOST_S = 10.0  # a message that was on its way so long ago is lost, if it is in no queue
 SWEEP_S = 5.0  # between two sweeps of the fleet
+OPEN_S = 120.0  # no client takes so long to write a batch
 
 
 def sweep_host(app: Celery, record: Record, host: str, sandboxes_dir: Path, *, is_first: bool) -> None:
@@ -35,10 +34,10 @@ def sweep_host(app: Celery, record: Record, host: str, sandboxes_dir: Path, *, i
                 if aside:
                     words = f"journal unreadable: {aside[0].name}; sandbatch audit --mend undoes it"
                 error = json.dumps({"stage": "place", "message": words})
-                record.put(wish.container_id, State.FAILED, wish.attempt, {"error": error}, host=host)
+                record.put(wish.container_id, State.FAILED, wish.attempt, {"error": error})
             elif is_first or time.time() - wish.placed_at_s > LOST_S:
                 publish_place(app, [(wish.container_id, wish.attempt, host)])
-        elif wish.is_removed or wish.stop_grace_s is not None:
+        elif wish.is_removed or wish.is_cancelled or wish.stop_grace_s is not None:
             _ask_again(app, host, folder, wish)
 
 
@@ -52,12 +51,14 @@ def _ask_again(app: Celery, host: str, folder: Path, wish: Wish) -> None:
         return
     if wish.is_removed:
         publish_unwind(app, known.container_id, known.attempt, host, State.EXITED, forget=True)
+    elif wish.is_cancelled:
+        publish_unwind(app, known.container_id, known.attempt, host, State.CANCELLED)
     elif wish.stop_grace_s is not None and not known.facts.get("stop"):
         publish_stop(app, known.container_id, known.attempt, host, wish.stop_grace_s)
 
 
 def sweep_fleet(app: Celery, record: Record) -> None:
-    """Publish `place` again for what is queued while its queue is empty; by one worker at a time."""
+    """What no host has, and batches: by one worker at a time."""
     if not record.may_sweep(SWEEP_S):
         return
     for container_id, attempt, deadline in record.overdue():
@@ -65,19 +66,8 @@ def sweep_fleet(app: Celery, record: Record) -> None:
         error = json.dumps({"stage": "place", "message": message})
         fields = {"error": error, "reason": "deadline"}
         record.put(container_id, State.FAILED, attempt, fields, only_from=State.QUEUED)
-    lost = record.long_queued(LOST_S)
-    if not lost:
-        return
-    with app.connection_for_read() as connection:
-        channel: Any = connection.default_channel
-        waiting = {host: _is_waiting(channel, host) for host in {host for _, _, host in lost}}
-    again = [one for one in lost if not waiting[one[2]]]
-    publish_place(app, again)
-    record.sent_again([container_id for container_id, _, _ in again])
-
-
-def _is_waiting(channel: Any, host: str | None) -> bool:
-    """Whether messages of `place` wait in a queue."""
-    queue = host_queue(host) if host else LAUNCH_QUEUE
-    with channel.conn_or_acquire() as client:
-        return bool(client.llen(channel._q_for_pri(queue, PRIORITY["place"])))
+    record.offer_again(LOST_S)
+    for batch in record.open_batches(OPEN_S):
+        record.close_batch(batch)
+    for batch in record.broken_batches():
+        cancel(app, record, batch)

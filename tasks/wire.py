@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tasks.record import PREFIX
+from tasks.keys import PREFIX
 from worker.calls import ExecCall, LogsCall, read_call
 from worker.errors import Lost
 

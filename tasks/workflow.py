@@ -17,12 +17,15 @@ import redis
 from celery import Celery, Task, chain
 from celery.canvas import Signature
 from celery.exceptions import Ignore, Reject
+from kombu.exceptions import KombuError
 
 from tasks.app import make_app, options, settings
 from tasks.connection import connect
 from tasks.messages import Order, read_order
 from tasks.record import Record
+from tasks.scripts import BROKEN
 from tasks.state import State
+from tasks.submit import cancel
 from worker import conmon, ends, logs, procs
 from worker import journal as journals
 from worker.errors import BadInput, Busy, JournalError, SandbatchError
@@ -99,12 +102,14 @@ def undo_chain(order: Order, begun: list[str]) -> Signature[Any]:
 
 @app.task(name="sandbatch.place", bind=True, max_retries=None)
 def place(self: "Task[Any, Any]", message: dict[str, Any]) -> dict[str, str]:
-    """Take a sandbox for this host, begin its journal, publish its stages; returns the host."""
+    """Begin the journal of a sandbox that this host has taken, publish its stages; returns the host."""
     order, host = read_order(message), settings().host
     try:
-        known = record().spec(order.container_id)
-        if known is None or not record().claim(order.container_id, host, order.attempt):
-            raise Ignore  # cancelled, another host's, or a twin of this message after it moved on
+        known, where = record().spec(order.container_id), record().placement(order.container_id)
+        if known and where and where[0] == State.QUEUED:  # a client of release 0.1.0 asks by message
+            record().offer({order.container_id: Spec.model_validate_json(known[0])})
+        if known is None or where != (State.PLACED, host, order.attempt):
+            raise Ignore  # another host's, or a twin of this message after it moved on
     except (redis.ConnectionError, redis.TimeoutError) as error:
         raise Reject(error, requeue=True) from error
     try:
@@ -127,7 +132,7 @@ def place(self: "Task[Any, Any]", message: dict[str, Any]) -> dict[str, str]:
         raise _again(self, order, error) from error
     try:
         with journals.locked(sandboxes, order.container_id, wait_s=BUSY_WAIT_S) as journal:
-            # An `rm` between claim and journal found nothing to undo here: only this look sees it.
+            # An `rm` between take and journal found nothing to undo here: only this look sees it.
             if not record().is_wanted(order.container_id):
                 want_end(journal, State.CANCELLED)
                 _finish_if_empty(journal)
@@ -145,7 +150,7 @@ def place(self: "Task[Any, Any]", message: dict[str, Any]) -> dict[str, str]:
 def _refuse(order: Order, message: str, reason: str = "refused") -> None:
     """End a sandbox at `place`: nothing of it has been begun."""
     fields = {"error": json.dumps({"stage": "place", "message": message[:400]}), "reason": reason}
-    record().put(order.container_id, State.FAILED, order.attempt, fields, host=settings().host)
+    record().put(order.container_id, State.FAILED, order.attempt, fields)
 
 
 def _stage_task(name: str) -> None:
@@ -277,6 +282,8 @@ def unwind(self: "Task[Any, Any]", message: dict[str, Any], final: str, forget: 
                 raise Ignore  # a failure of an attempt that is over
             if forget and not journal.facts.get("forget"):
                 journal.set_facts(forget=True, **({} if journal.is_unwinding else {"reason": "rm"}))
+            if final == State.CANCELLED and not journal.is_unwinding:
+                journal.set_facts(reason="cancel")
             want_end(journal, final, _first_error(journal) if final == State.FAILED else None)
             _begin_undo(journal)
     except JournalError:
@@ -407,8 +414,9 @@ def forget(journal: Journal) -> None:
 def report(journal: Journal) -> bool:
     """Bring the record up to the journal; False if the broker is away: reconcile reports later."""
     try:
-        record().report(journal, settings().host)
-    except redis.RedisError as error:
+        if record().report(journal, settings().host) == BROKEN:
+            cancel(app, record(), journal.batch)
+    except (redis.RedisError, KombuError, OSError) as error:
         log.warning("report of %s waits: %s", journal.container_id, error)
         return False
     return True
@@ -418,4 +426,4 @@ def _end_without_journal(order: Order, final: str) -> None:
     """A sandbox that this host never began (or has forgotten) ends in the record alone."""
     if (settings().sandboxes_dir / order.container_id).exists():
         return  # a journal that cannot be read: audit shows it, nothing is claimed about it
-    record().put(order.container_id, State(final), order.attempt, {}, host=settings().host)
+    record().put(order.container_id, State(final), order.attempt, {})

@@ -139,3 +139,9 @@ def heartbeat(record: Record) -> Any:
         record.heartbeat(name, known)
 
     return beat
+
+
+def take(record: Record, host: str = "h1", **have: Any) -> list[str]:
+    """What a host with this room takes: ids, in order. Networks of the specs: `mynet` and `sandbatch`."""
+    room = {"capacity": 100, "slots": 100, "rooms": {"mynet": -1, "sandbatch": -1}}
+    return [container_id for container_id, _ in record.take(host, {**room, **have})]

@@ -7,8 +7,10 @@ import pytest
 
 from tasks import record as records
 from tasks.connection import check, connect, public_url
-from tasks.record import EVENTS, SANDBOXES, TERMINAL_KEPT_S, Record
+from tasks.keys import EVENTS, SANDBOXES, TERMINAL_KEPT_S
+from tasks.record import Record
 from tasks.state import MOVES, TERMINAL, State
+from tests.broker.conftest import take
 from worker import journal as journals
 from worker.errors import BadInput, BrokerError
 from worker.settings import Settings
@@ -37,7 +39,7 @@ def events(record: Record, since: str = "0-0") -> list[tuple[str, str]]:
 
 def moved(record: Record, *states: State) -> None:
     for one in states:
-        assert record.put(ID, one, 1, {}, host="h1") == 1
+        assert record.put(ID, one, 1, {}) == 1
 
 
 # -- who has it ----------------------------------------------------------------------------------
@@ -56,38 +58,15 @@ def test_what_nobody_enqueued_is_unknown(record):
     assert record.get(ID) is None
     assert record.spec(ID) is None
     assert not record.is_wanted(ID)
-    assert not record.claim(ID, "h1", 1)
+    assert record.placement(ID) is None
     assert record.put(ID, State.RUNNING, 1, {}) == -2
     assert record.get(ID) is None
 
 
-def test_of_many_hosts_one_gets_it(queued):
-    """The message may be delivered twice, to two hosts."""
-    with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda host: queued.claim(ID, host, 1), [f"h{n}" for n in range(20)]))
-    assert answers.count(True) == 1
-    assert queued.get(ID)["host"] == f"h{answers.index(True)}"
-    assert events(queued) == [(ID, "placed")]
-
-
-def test_its_own_host_may_claim_it_again_until_it_has_begun(queued):
-    """A twin of `place` on the same host, whose first copy died before the journal."""
-    assert queued.claim(ID, "h1", 1)
-    assert queued.claim(ID, "h1", 1)
-    assert not queued.claim(ID, "h2", 1)
-    moved(queued, State.LAUNCHING)
-    assert not queued.claim(ID, "h1", 1)
-
-
-def test_a_claim_of_another_attempt_is_fenced_off(queued):
-    assert not queued.claim(ID, "h1", 2)
-    assert state(queued) == "queued"
-
-
-def test_what_was_removed_is_claimed_by_nobody(queued):
+def test_what_was_removed_is_taken_by_nobody(queued):
     queued.mark_removed([ID])
     assert not queued.is_wanted(ID)
-    assert not queued.claim(ID, "h1", 1)
+    assert take(queued) == []
     assert state(queued) == "queued"
 
 
@@ -99,15 +78,14 @@ def test_a_removal_of_what_is_unknown_makes_no_record(record, client):
 
 def test_a_host_knows_what_it_has_taken_and_not_ended(queued):
     queued.enqueue("b-1", [(OTHER, SPEC)])
-    for one in (ID, OTHER):
-        queued.claim(one, "h1", 1)
+    assert take(queued) == [ID, OTHER]
     moved(queued, State.RUNNING)
     assert {(wish.container_id, wish.state) for wish in queued.wishes_on("h1")} == {
         (ID, "running"),
         (OTHER, "placed"),
     }
     assert queued.wishes_on("h2") == []
-    queued.put(ID, State.EXITED, 1, {}, host="h1")
+    queued.put(ID, State.EXITED, 1, {})
     assert queued.client.smembers("sandbatch:host:h1:sandboxes") == {OTHER}
     assert [wish.container_id for wish in queued.wishes_on("h1")] == [OTHER]
 
@@ -152,20 +130,20 @@ def test_cancel_ends_only_what_no_host_has(queued):
     assert state(queued) == "cancelled"
     assert not queued.cancel(ID, 1)
     queued.enqueue("b-1", [(OTHER, SPEC)])
-    queued.claim(OTHER, "h1", 1)
+    assert take(queued) == [OTHER]
     assert not queued.cancel(OTHER, 1)
     assert state(queued, OTHER) == "placed"
 
 
-def test_cancel_and_claim_cannot_both_succeed(record):
+def test_cancel_and_take_cannot_both_succeed(record):
     """`rm` right after `run` is the usual case."""
     for number in range(30):
         container_id = f"sb-{number:016x}"
         record.enqueue("b-1", [(container_id, SPEC)])
         with ThreadPoolExecutor(2) as pool:
             cancelled = pool.submit(record.cancel, container_id, 1)
-            claimed = pool.submit(record.claim, container_id, "h1", 1)
-            assert cancelled.result() != claimed.result()
+            taken = pool.submit(take, record)
+            assert cancelled.result() != (taken.result() == [container_id])
 
 
 @pytest.mark.parametrize("end", sorted(TERMINAL))
@@ -181,7 +159,7 @@ def test_the_record_of_an_end_goes_after_a_day_and_any_other_stays(queued, clien
 def test_the_end_that_the_journal_noted_is_kept(queued):
     """It may have been an hour ago, with the broker away."""
     moved(queued, State.PLACED)
-    queued.put(ID, State.EXITED, 1, {"ended_at": "2026-01-01T00:00:00.000Z"}, host="h1")
+    queued.put(ID, State.EXITED, 1, {"ended_at": "2026-01-01T00:00:00.000Z"})
     assert queued.get(ID)["ended_at"] == "2026-01-01T00:00:00.000Z"
 
 
@@ -207,7 +185,7 @@ def test_all_sandboxes_come_oldest_first(record):
 @pytest.fixture
 def known(queued, tmp_path) -> journals.Journal:
     """The journal of a sandbox that host h1 has taken."""
-    queued.claim(ID, "h1", 1)
+    assert take(queued) == [ID]
     return journals.create(tmp_path, ID, attempt=1, batch="b-1", spec=SPEC)
 
 

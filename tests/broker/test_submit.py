@@ -9,7 +9,8 @@ import pytest
 from tasks.app import PRIORITY, host_queue, make_app, options, transport_options
 from tasks.messages import Order
 from tasks.state import State
-from tasks.submit import remove, submit
+from tasks.submit import publish_place, remove, submit
+from tests.broker.conftest import take
 from worker.errors import BadInput
 from worker.spec import make_spec
 from worker.stages import STAGES
@@ -34,62 +35,39 @@ def arguments(message: dict[str, Any]) -> dict[str, Any]:
     return dict(kwargs)
 
 
-def test_a_sandbox_waits_in_the_shared_queue_behind_everything_else(sender, record, broker, client):
-    """Undo and launches under way come first."""
-    batch, (container_id,) = submit(sender, record, broker, [SPEC])
-    ((where, (message,)),) = queues(client).items()
-    assert where == ("launch", PRIORITY["place"])
-    assert message["headers"]["task"] == "sandbatch.place"
-    assert arguments(message) == {"message": Order(container_id=container_id, attempt=1).model_dump()}
-    assert record.get(container_id)["batch"] == batch
-
-
-def test_a_sandbox_for_a_host_waits_in_the_hosts_queue(sender, record, broker, client):
-    submit(sender, record, broker, [SPEC, ON_H1, ON_H1])
-    assert {where: len(messages) for where, messages in queues(client).items()} == {
-        ("launch", 9): 1,
-        ("host.h1", 9): 2,
-    }
+def test_what_is_enqueued_waits_in_the_record_and_no_message_is_sent(sender, record, broker, client):
+    """A list of messages would hand its head to a host that has no room for it."""
+    batch, ids = submit(sender, record, broker, [SPEC, ON_H1, SPEC])
+    assert queues(client) == {}
+    assert {row["state"] for row in record.get_all()} == {"queued"}
+    assert record.get(ids[0])["batch"] == batch
+    assert record.batch_ids(batch) == ids
 
 
 def test_the_message_says_in_flower_which_sandbox_it_is_of(sender, record, broker, client):
     """And nothing of its spec, which may hold secrets."""
     spec = make_spec(args=["true", "hunter2"], env={"TOKEN": "hunter2"}, host="h1")
     _, (container_id,) = submit(sender, record, broker, [spec])
-    ((message,),) = queues(client).values()
+    publish_place(sender, [(container_id, 1, "h1")])
+    ((where, (message,)),) = queues(client).items()
+    assert where == ("host.h1", PRIORITY["place"])  # behind everything else
+    assert arguments(message) == {"message": Order(container_id=container_id, attempt=1).model_dump()}
     assert message["headers"]["argsrepr"] == f"place · {container_id} · h1"
     assert "hunter2" not in json.dumps(message) + json.dumps(arguments(message))
 
 
-def test_the_records_are_there_before_the_messages(sender, record, broker, client, monkeypatch):
-    """A host that takes the message at once finds what it is of; the other way round it would drop it."""
-    from tasks import submit as module
-
-    seen = []
-    monkeypatch.setattr(
-        module, "publish_place", lambda app, wanted: seen.extend(record.get(one) for one, _, _ in wanted)
-    )
-    submit(sender, record, broker, [SPEC, SPEC])
-    assert [one["state"] for one in seen] == ["queued", "queued"]
-
-
 def test_a_big_batch_is_enqueued_whole_and_once(sender, record, broker, client):
-    """More than one pipeline of messages and of records."""
+    """More than one pipeline."""
     batch, ids = submit(sender, record, broker, [SPEC] * 2500, batch="big")
     assert (batch, len(set(ids))) == ("big", 2500)
-    messages = queues(client)["launch", 9]
-    sent = [arguments(message)["message"]["container_id"] for message in messages]
-    assert sorted(sent) == sorted(ids)
     rows = record.get_all()
     assert {row["state"] for row in rows} == {"queued"}
-    assert sorted(row["id"] for row in rows) == sorted(ids)
-
-
-def test_the_first_of_a_batch_is_the_first_out(sender, record, broker, client):
-    """Workers take from the right."""
-    _, ids = submit(sender, record, broker, [SPEC] * 3)
-    waiting = [arguments(message)["message"]["container_id"] for message in queues(client)["launch", 9]]
-    assert waiting[::-1] == ids
+    assert {row["id"] for row in rows} == set(ids)
+    assert record.batch("big")["total"] == 2500
+    taken: list[str] = []
+    while some := take(record, capacity=5000, slots=5000):
+        taken += some
+    assert taken == ids  # the first in is the first out
 
 
 @pytest.mark.parametrize("name", ["", "-a", "a b", "a/b", "a" * 64, "a\n"])
@@ -117,8 +95,7 @@ def test_what_no_host_has_taken_is_cancelled_at_once(sender, record, broker, cli
 
 def test_what_a_host_has_is_undone_there_before_anything_else(sender, record, broker, client):
     _, (container_id,) = submit(sender, record, broker, [SPEC])
-    record.claim(container_id, "h1", 1)
-    client.delete("sandbatch:mq:launch" + SEPARATOR + "9")
+    assert take(record) == [container_id]
     remove(sender, record, rows(record, container_id))
     ((where, (message,)),) = queues(client).items()
     assert where == ("host.h1", 0)
@@ -131,12 +108,12 @@ def test_what_a_host_has_is_undone_there_before_anything_else(sender, record, br
     assert record.get(container_id)["removed"]
 
 
-def test_one_that_is_claimed_while_it_is_removed_is_undone_by_its_host(sender, record, broker, client):
+def test_one_that_is_taken_while_it_is_removed_is_undone_by_its_host(sender, record, broker, client):
     """What the caller has read is old by then."""
     _, (container_id,) = submit(sender, record, broker, [SPEC])
     read = rows(record, container_id)
-    record.claim(container_id, "h1", 1)
-    record.put(container_id, State.LAUNCHING, 2, {}, host="h1")
+    assert take(record) == [container_id]
+    record.put(container_id, State.LAUNCHING, 2, {})
     remove(sender, record, read)
     (message,) = queues(client)["host.h1", 0]
     assert arguments(message)["message"]["attempt"] == 2
@@ -144,8 +121,8 @@ def test_one_that_is_claimed_while_it_is_removed_is_undone_by_its_host(sender, r
 
 def test_what_has_ended_is_only_marked(sender, record, broker, client):
     _, (container_id,) = submit(sender, record, broker, [SPEC])
-    record.claim(container_id, "h1", 1)
-    record.put(container_id, State.FAILED, 1, {}, host="h1")
+    assert take(record) == [container_id]
+    record.put(container_id, State.FAILED, 1, {})
     before = queues(client)
     remove(sender, record, rows(record, container_id))
     assert queues(client) == before

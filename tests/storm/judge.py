@@ -10,7 +10,7 @@ from typing import Any
 
 import redis
 
-from tasks.record import EVENTS
+from tasks.keys import EVENTS
 from tests.host.machine import difference, snapshot
 from tests.storm.system import StormSystem
 from worker import procs

@@ -1,0 +1,37 @@
+"""Names of what Redis keeps for sandbatch, and how long it does."""
+
+PREFIX = "sandbatch:"
+EVENTS = PREFIX + "events"
+SANDBOXES = PREFIX + "sandboxes"  # sorted set: id by time of creation
+DEADLINES = PREFIX + "deadlines"  # sorted set: id by its deadline, of what may still be queued
+QUEUED = PREFIX + "queued"  # sorted set: id by time, of what no host has taken and no batch holds back
+CLASSES = PREFIX + "queues"  # the lines `on:` that have been used
+BELL = PREFIX + "bell"  # stream: something waits to be taken; bell:HOST: look again, you may have room
+BATCHES = PREFIX + "batches"  # sorted set: batch by time
+OPEN = PREFIX + "open"  # sorted set: batch whose submission is under way, by time
+BROKEN_BATCHES = PREFIX + "broken"  # set: batches to be cancelled by their own rule
+DRAINS = PREFIX + "drains"  # hash: host -> the wish that it takes no work
+HOSTS = PREFIX + "hosts"
+EPOCH = PREFIX + "epoch"  # whoever finds none makes one: it goes with the broker's data
+SWEEPER = PREFIX + "sweeper"
+CHUNK = 1000  # commands in one pipeline
+BELLS_KEPT = 100
+EVENTS_KEPT = 100_000
+TERMINAL_KEPT_S = 24 * 3600  # a record of an ended sandbox
+
+
+def sandbox_key(container_id: str) -> str:
+    return f"{PREFIX}sb:{container_id}"
+
+
+def line_key(name: str) -> str:
+    """A line of those that wait, in their order; its name is the class of what waits there."""
+    return f"{PREFIX}queue:{name}"
+
+
+def batch_key(name: str) -> str:
+    return f"{PREFIX}batch:{name}"
+
+
+def host_key(host: str) -> str:
+    return f"{PREFIX}host:{host}"

@@ -1,0 +1,104 @@
+"""Placement by pull: a host takes from what waits as much as it has room for, and no more.
+
+A thread of the worker's main process. It asks the broker by one script (`tasks.scripts.TAKE`), which knows
+what the host has in all; what it gets it publishes as `place` on its own queue. With nothing to take, or no
+room, it sleeps on two bells: one that rings for everybody when something is enqueued, and the host's own,
+which rings when a launch is through, a sandbox has ended, or somebody resumes the host.
+"""
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import redis
+from celery import Celery
+from kombu.exceptions import KombuError
+
+from tasks.record import Record
+from tasks.submit import publish_place
+from worker.settings import Settings
+
+log = logging.getLogger("sandbatch")
+LOOK_S = 5.0  # for what rings no bell: room on the disk, an address that came free
+RETRY_S = 1.0  # a broker that is away
+MIN_FREE_BYTES, MIN_FREE_FILES = 64 << 20, 1000
+
+
+def no_room(current: Settings) -> str:
+    """Why this host takes no new sandboxes at the moment; empty while it does."""
+    found = os.statvfs(current.state_dir)
+    lacks = ""
+    if found.f_bavail * found.f_frsize < MIN_FREE_BYTES:
+        lacks = f"{MIN_FREE_BYTES >> 20} MiB"
+    elif found.f_files and found.f_favail < MIN_FREE_FILES:
+        lacks = f"{MIN_FREE_FILES} inodes"
+    if lacks:
+        return f"{current.state_dir} has less than {lacks} left: a launch could not be journaled"
+    if current.sandboxes_dir.is_dir() and len(os.listdir(current.sandboxes_dir)) >= current.capacity:
+        return f"full: {current.capacity} sandboxes"
+    return ""
+
+
+class Puller:
+    """Takes work for one host until it is stopped."""
+
+    def __init__(
+        self, app: Celery, record: Record, settings: Settings, offer: Callable[[], dict[str, Any]]
+    ) -> None:
+        self._app = app
+        self._record = record
+        self._settings = settings
+        self._offer = offer
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="puller", daemon=True)
+        self._said = ""
+
+    def start(self) -> None:
+        """Begin to take; once only."""
+        if not self._thread.is_alive():
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Take no more; what is taken already is launched."""
+        self._stop.set()
+        if self._thread.is_alive():
+            try:
+                self._record.ring(self._settings.host)
+            except redis.RedisError:
+                log.info("the puller ends by itself within %g s: no broker to wake it", LOOK_S)
+            self._thread.join(timeout=LOOK_S)
+
+    def _run(self) -> None:
+        marks: dict[str, str] = {}
+        while not self._stop.is_set():
+            try:
+                # The marks are older than the look: what rings in between is heard.
+                marks = marks or self._record.bells(self._settings.host)
+                if not self._take():
+                    marks = self._record.wait_for_bell(marks, LOOK_S)
+            except (redis.RedisError, KombuError, OSError) as error:
+                log.warning("host %s takes no work: %s", self._settings.host, error)
+                marks = {}
+                self._stop.wait(RETRY_S)
+            except Exception:  # a defect in one look must not leave a host without work for ever
+                log.exception("host %s: its look for work failed", self._settings.host)
+                self._stop.wait(LOOK_S)
+
+    def _take(self) -> bool:
+        """Take what there is room for; False if that was nothing."""
+        reason = no_room(self._settings)
+        if reason != self._said:
+            log.log(
+                logging.WARNING if reason else logging.INFO,
+                f"takes no new sandboxes: {reason}" if reason else "takes new sandboxes again",
+            )
+            self._said = reason
+        if reason:
+            return False
+        host = self._settings.host
+        taken = self._record.take(host, self._offer())
+        # Should this not be heard: the sweep of this host publishes again what has no journal.
+        publish_place(self._app, [(container_id, attempt, host) for container_id, attempt in taken])
+        return bool(taken)
