@@ -30,6 +30,13 @@ def run(
     ] = None,
     count: Annotated[int, typer.Option("-n", "--count", min=1, help="Sandboxes to launch.")] = 1,
     host: Annotated[str | None, typer.Option(help="Only on this host.")] = None,
+    on: Annotated[
+        list[str] | None,
+        typer.Option("--on", metavar="K=V", help="Only on hosts with this label; may be repeated."),
+    ] = None,
+    reschedule: Annotated[
+        bool, typer.Option("--reschedule", help="If its host is lost, launch it elsewhere under a new id.")
+    ] = False,
     env: Annotated[list[str] | None, typer.Option("-e", "--env", metavar="K=V")] = None,
     cwd: Annotated[str, typer.Option(metavar="DIR", help="Working directory.")] = "/",
     label: Annotated[list[str] | None, typer.Option("-l", "--label", metavar="K=V")] = None,
@@ -170,12 +177,16 @@ def run(
     from tasks.submit import submit
 
     with errors_for_humans():
+        if reschedule and host is not None:
+            raise BadInput("--reschedule", f"--host {host} leaves it no other host", "leave one of them out")
         settings = load_settings()
         spec = make_spec(
             args=args or [],
             rootfs=rootfs,
             networks=[parse.network(one) for one in network or [settings.network]],
             host=host,
+            on=dict(parse.pair(one, "--on") for one in on or []),
+            reschedule=reschedule,
             env=dict(parse.pair(one, "--env") for one in env or []),
             cwd=cwd,
             labels=dict(parse.pair(one, "--label") for one in label or []),

@@ -4,7 +4,16 @@ import re
 import secrets
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from worker.errors import BadInput
 from worker.spec_parts import (
@@ -19,6 +28,7 @@ from worker.spec_parts import (
     clean_path,
     dns_name,
     egress_rule,
+    host_labels,
     restart_policy,
     stamp,
     text,
@@ -30,6 +40,7 @@ CONTAINER_ID = re.compile(r"^sb-[0-9a-f]{16}$")  # one length: runsc matches ids
 HOST_NAME = re.compile(r"^[a-zA-Z0-9][a-zA-Z0-9_.\-]{0,62}$")
 ENV_NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
 READY = re.compile(r"^(?:none|tcp:(?P<tcp>[0-9]{1,5})|http:(?P<http>[0-9]{1,5})(?P<path>/[\x21-\x7e]*))$")
+YOUNGER = ("on", "reschedule")  # fields that a host of release 0.1.0 forbids
 
 
 def new_container_id() -> str:
@@ -100,6 +111,10 @@ class Spec(BaseModel):
         default_factory=lambda: [NetworkRequest(name="sandbatch")], min_length=1, max_length=MOST_NETWORKS
     )
     host: Annotated[str, AfterValidator(host_name)] | None = None
+    on: Annotated[dict[str, str], AfterValidator(host_labels)] = Field(
+        default_factory=dict
+    )  # a host's labels
+    reschedule: bool = False  # launched elsewhere, under a new id, if its host is lost
     env: Annotated[dict[str, str], AfterValidator(environment)] = Field(default_factory=dict)
     cwd: Annotated[str, AfterValidator(clean_path)] = "/"
     labels: Annotated[dict[str, str], AfterValidator(_labels)] = Field(default_factory=dict)
@@ -158,6 +173,15 @@ class Spec(BaseModel):
         if len(set(taken)) != len(taken):
             raise ValueError("publish: a port of the host is named twice")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_nobody_asked_for(self, as_usual: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """So that a host of the release before can read the spec: in the record, and in its own journal."""
+        made: dict[str, Any] = as_usual(self)
+        for name in YOUNGER:
+            if not made.get(name):
+                made.pop(name, None)
+        return made
 
     @property
     def network(self) -> str:

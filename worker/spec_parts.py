@@ -18,7 +18,9 @@ EGRESS = re.compile(
     r"^(?P<cidr>\[[0-9a-fA-F:.]+(?:/\d{1,3})?\](?:/\d{1,3})?|[0-9.]+(?:/\d{1,2})?)"
     r"(?::(?P<first>\d{1,5})(?:-(?P<last>\d{1,5}))?)?(?:/(?P<protocol>tcp|udp))?$"
 )
+HOST_LABEL = re.compile(r"^[a-zA-Z0-9][a-zA-Z0-9_./\-]{0,62}$")  # no '=' and ',': they are written K=V,K=V
 MOST_NETWORKS = 8
+MOST_HOST_LABELS = 64
 KERNELS_OWN = ("proc", "sys", "dev")  # gVisor's own there; a mount over them would break the sandbox
 
 SIZE = re.compile(r"^(?P<number>[0-9]+(?:\.[0-9]+)?)(?P<unit>[kmgt]?)(?:i?b)?$", re.IGNORECASE)
@@ -100,6 +102,18 @@ def _mac(value: str) -> str:
 def dns_name(value: str) -> str:
     if not DNS_NAME.fullmatch(value):
         raise ValueError("a host name is needed: letters, digits, '-', '_', '.'")
+    return value
+
+
+def host_labels(value: dict[str, str]) -> dict[str, str]:
+    """The labels, if a host can have them; a value may be empty."""
+    if len(value) > MOST_HOST_LABELS:
+        raise ValueError(f"at most {MOST_HOST_LABELS} labels are allowed")
+    for part in (*value, *filter(None, value.values())):
+        if not HOST_LABEL.fullmatch(part):
+            raise ValueError(
+                f"{part!r} is no label: letters, digits, '-', '_', '.' and '/', a letter or digit first, at most 63"
+            )
     return value
 
 

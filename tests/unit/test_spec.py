@@ -1,5 +1,7 @@
 """What may be asked for: checked before it is enqueued, and again on the host."""
 
+import json
+
 import pytest
 from pydantic import ValidationError
 
@@ -28,6 +30,18 @@ def test_a_spec_survives_the_record():
     assert Spec.model_validate_json(spec.model_dump_json()) == spec
 
 
+def test_what_the_release_before_does_not_know_is_left_out_unless_asked_for():
+    """Its hosts forbid unknown fields, also in their journals; they go on beside newer clients."""
+    plain = make_spec(args=["true"])
+    for dump in (plain.model_dump(), json.loads(plain.model_dump_json())):
+        assert not {"on", "reschedule"} & set(dump)
+        assert {"args", "host", "labels", "remove"} <= set(dump)
+    asked = make_spec(args=["true"], on={"gpu": "true"}, reschedule=True)
+    assert asked.model_dump()["on"] == {"gpu": "true"}
+    assert Spec.model_validate_json(asked.model_dump_json()) == asked
+    assert Spec.model_validate(plain.model_dump()) == plain
+
+
 BAD = {
     "kind": ["spec/v2", ""],
     "args": [[], [""], ["", "x"], ["a\0"], [NOT_UTF8], [1], "true", None],
@@ -47,6 +61,8 @@ BAD = {
         *(f"http:{rest}" for rest in ("0/", "65536/", "80/a b", "80/\n", "80/ü", "80/a\r\nX: y")),
     ],
     "ready_timeout_s": [0, -1, 3601, float("nan"), float("inf"), "60", None],
+    "on": [{"a b": "c"}, {"a": "b,c"}, {"a=": "b"}, {"": "a"}, {"a": 1}, {"a": "x" * 64}, "gpu=true"],
+    "reschedule": ["yes", 1, None],
     "user": ["root"],
 }
 
@@ -72,6 +88,7 @@ def test_a_bad_value_is_refused_in_one_line_that_names_its_field(field, value):
         ("env", {"_a1": "", "B": "a=b\n"}),
         ("cwd", "/"),
         ("labels", {"": "", "a/b": "ü"}),
+        ("on", {"gpu": "true", "example.com/zone": "a-1", "empty": ""}),
         ("ready", "none"),
         ("ready", "tcp:1"),
         ("ready", "tcp:65535"),
