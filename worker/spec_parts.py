@@ -112,7 +112,7 @@ def host_labels(value: dict[str, str]) -> dict[str, str]:
     for part in (*value, *filter(None, value.values())):
         if not HOST_LABEL.fullmatch(part):
             raise ValueError(
-                f"{part!r} is no label: letters, digits, '-', '_', '.' and '/', a letter or digit first, at most 63"
+                f"{part!r} is no label: at most 63 letters, digits, '-', '_', '.', '/', no sign first"
             )
     return value
 
