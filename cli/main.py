@@ -11,6 +11,7 @@ from cli import output, render
 from cli.client import Client, shown
 from cli.elsewhere import Commands
 from cli.output import errors_for_humans, one_line, print_json, say
+from cli.parse import pair
 from cli.waiting import tell_failures, wait_for
 from tasks.state import TERMINAL, State
 from worker.errors import BadInput
@@ -29,6 +30,10 @@ Ids = Annotated[list[str] | None, typer.Argument(metavar="[ID]…", help="Full i
 Batch = Annotated[str | None, typer.Option(help="All sandboxes of one batch.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document, for programs.")]
 Host = Annotated[str | None, typer.Option(help="Name of this host; its queue is host.NAME.")]
+HostLabels = Annotated[
+    list[str] | None,
+    typer.Option("-l", "--label", metavar="K=V", help="Of this host, for run --on; may be repeated."),
+]
 
 
 @app.callback()
@@ -84,12 +89,13 @@ def up(
     flower: Annotated[
         bool, typer.Option("--flower", help="Flower, too, on port 5555 of the loopback.")
     ] = False,
+    label: HostLabels = None,
 ) -> None:
     """Be everything on this machine: embedded broker and worker, until Ctrl-C. Sandboxes go on."""
     from cli.up import run_up
 
     with errors_for_humans():
-        raise typer.Exit(run_up(load_settings(host=host), with_flower=flower))
+        raise typer.Exit(run_up(load_settings(host=host, labels=_labels(label)), with_flower=flower))
 
 
 @app.command(epilog="Example: sandbatch worker --host build-7 --capacity 200")
@@ -97,12 +103,19 @@ def worker(
     host: Host = None,
     capacity: Annotated[int | None, typer.Option(help="Sandboxes at a time.")] = None,
     concurrency: Annotated[int | None, typer.Option(help="Launches at a time.")] = None,
+    label: HostLabels = None,
 ) -> None:
     """Run this host's worker until it is told to stop. Sandboxes go on."""
     from cli.up import run_host_worker
 
     with errors_for_humans():
-        run_host_worker(load_settings(host=host, capacity=capacity, slots=concurrency))
+        flags = {"host": host, "capacity": capacity, "slots": concurrency, "labels": _labels(label)}
+        run_host_worker(load_settings(**flags))
+
+
+def _labels(given: list[str] | None) -> str | None:
+    """Of the command line, in place of the setting; as JSON: pydantic adds one dict to another."""
+    return json.dumps(dict(pair(one, "--label") for one in given)) if given else None
 
 
 @app.command(epilog="Example: sandbatch flower --port 5555")

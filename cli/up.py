@@ -1,6 +1,7 @@
 """The long-running commands of a host: worker, up, Flower."""
 
 import contextlib
+import json
 import os
 import select
 import shutil
@@ -20,7 +21,7 @@ from worker.subnet import NAME, ensure_network
 UNDER_TINI = "SANDBATCH_UNDER_TINI"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 STOP_S = 35  # a stage that is under way is finished; the longest deadline of one is 30 s
-FLAGS = ("host", "capacity", "slots")
+FLAGS = ("host", "capacity", "slots", "labels")
 
 
 def run_host_worker(settings: Settings) -> None:
@@ -55,7 +56,8 @@ def run_host_worker(settings: Settings) -> None:
 def _export(settings: Settings) -> None:
     """Flags reach the tasks, and the processes that we start, this way."""
     for name in FLAGS:
-        os.environ[f"SANDBATCH_{name.upper()}"] = str(getattr(settings, name))
+        value = getattr(settings, name)
+        os.environ[f"SANDBATCH_{name.upper()}"] = json.dumps(value) if name == "labels" else str(value)
 
 
 def _under_tini() -> list[str]:

@@ -1,16 +1,18 @@
 """The settings that every part reads: flags, then `SANDBATCH_*`, then the TOML file, then defaults."""
 
+import json
 import os
 import re
 import socket
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
@@ -21,7 +23,7 @@ from worker import faults
 from worker.errors import BadInput
 from worker.limits import DEFAULT_PARENT, LEAST_CPUS, LEAST_MEMORY, in_words
 from worker.spec import host_name
-from worker.spec_parts import size
+from worker.spec_parts import host_labels, size
 
 DEFAULT_CONFIG = Path("/etc/sandbatch/sandbatch.toml")
 BROKER_SCHEMES = ("redis://", "rediss://", "redis+socket://", "unix://")
@@ -29,6 +31,7 @@ LOGIN = re.compile(r"://.*@|(?<=[?&]password=)[^&'\"]*")  # of a URL in an error
 PORTS = re.compile(r"^(?P<first>[0-9]{1,5})-(?P<last>[0-9]{1,5})$")
 PLAIN_NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_-]{0,63}$")
 CGROUP_FILES = ("tasks", "notify_on_release", "release_agent")  # of v1; the kernel's others have a dot
+SHARE_OF_MEMORY = 0.8  # of the machine's, for sandboxes
 MEMORY_PER_SANDBOX = 24 * 2**20  # 15 MB measured for an idle netstack sandbox, and room for a small program
 
 
@@ -43,6 +46,14 @@ class Settings(BaseSettings):
     host: str = Field(default_factory=lambda: socket.gethostname().split(".")[0] or "localhost")
     capacity: int = Field(default_factory=lambda: _capacity_from_memory(), gt=0)
     slots: int = Field(default_factory=lambda: 2 * (os.cpu_count() or 1), gt=0)
+    memory: int = Field(
+        default_factory=lambda: int(_memory_of_the_machine() * SHARE_OF_MEMORY),
+        ge=LEAST_MEMORY,
+        description="bytes for all sandboxes, or such as 16g",
+    )
+    labels: Annotated[dict[str, str], NoDecode] = Field(
+        default_factory=dict, description="of this host, for `run --on`: K=V,K=V or a JSON object"
+    )
     state_dir: Path = Path("/var/lib/sandbatch")
     run_dir: Path = Path("/run/sandbatch")
     cni_conf_dir: Path = Path("/etc/cni/net.d")
@@ -78,7 +89,27 @@ class Settings(BaseSettings):
     log_keep_s: float = Field(3600.0, ge=0, description="a log stays so long after its sandbox's end")
     logs_max_bytes: int = Field(2**30, ge=0, description="of all kept logs; the oldest go first")
 
-    @field_validator("default_memory", mode="before")
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _labels_are_pairs(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        if value.lstrip().startswith("{"):
+            return json.loads(value)
+        pairs = [one.strip().partition("=") for one in value.split(",") if one.strip()]
+        for name, equals, _ in pairs:
+            if not equals:
+                raise ValueError(f"{name!r} is no K=V; a list such as gpu=true,zone=a is needed")
+        if len({name for name, _, _ in pairs}) != len(pairs):
+            raise ValueError("a label is named twice")
+        return {name: given for name, _, given in pairs}
+
+    @field_validator("labels")
+    @classmethod
+    def _labels_can_be_asked_for(cls, value: dict[str, str]) -> dict[str, str]:
+        return host_labels(value)
+
+    @field_validator("memory", "default_memory", mode="before")
     @classmethod
     def _memory_may_have_a_unit(cls, value: Any) -> Any:
         return size(value) if isinstance(value, str) else value
@@ -242,5 +273,8 @@ def _hide(match: re.Match[str]) -> str:
 
 
 def _capacity_from_memory() -> int:
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(1, int(total * 0.8) // MEMORY_PER_SANDBOX)
+    return max(1, int(_memory_of_the_machine() * SHARE_OF_MEMORY) // MEMORY_PER_SANDBOX)
+
+
+def _memory_of_the_machine() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

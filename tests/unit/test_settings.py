@@ -68,6 +68,13 @@ def test_settings_cannot_be_changed():
         ("capacity", "0", "greater than 0"),
         ("capacity", "many", "valid integer"),
         ("slots", "-1", "greater than 0"),
+        ("memory", "some", "512m"),
+        ("memory", "1m", "greater than or equal to"),
+        ("labels", "gpu", "gpu=true,zone=a"),
+        ("labels", "gpu=a b", "letters, digits"),
+        ("labels", "a=b,a=c", "twice"),
+        ("labels", '{"a": 1}', "valid string"),
+        ("labels", '{"a"', "delimiter"),
         ("state_dir", "", "absolute path"),
         ("run_dir", "run", "absolute path"),
         ("cni_conf_dir", "./net.d", "absolute path"),
@@ -181,3 +188,22 @@ def test_a_default_with_which_nothing_starts_is_refused(monkeypatch):
     monkeypatch.delenv("SANDBATCH_DEFAULT_MEMORY")
     monkeypatch.setenv("SANDBATCH_DEFAULT_CPUS", "0.001")
     assert "0.01" in refusal()
+
+
+def test_labels_of_a_host_are_pairs_a_json_object_or_a_table(file, monkeypatch):
+    """By whatever an administrator sets its host up with; a flag takes the place of all of them."""
+    assert load_settings().labels == {}
+    file.write_text('[labels]\ngpu = "true"\n"example.com/zone" = "a"\n')
+    assert load_settings().labels == {"gpu": "true", "example.com/zone": "a"}
+    monkeypatch.setenv("SANDBATCH_LABELS", "gpu=false, zone=b,")
+    assert load_settings().labels == {"gpu": "false", "zone": "b"}
+    monkeypatch.setenv("SANDBATCH_LABELS", '{"gpu": "maybe"}')
+    assert load_settings().labels == {"gpu": "maybe"}
+    assert load_settings(labels='{"a": "b"}').labels == {"a": "b"}
+
+
+def test_memory_for_sandboxes_is_most_of_the_machine_unless_said(monkeypatch):
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert load_settings().memory == int(total * 0.8)
+    monkeypatch.setenv("SANDBATCH_MEMORY", "16g")
+    assert load_settings().memory == 16 * 2**30
