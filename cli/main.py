@@ -1,5 +1,6 @@
 """The command line: each command parses, calls one function and prints."""
 
+import json
 import os
 import sys
 from pathlib import Path

@@ -21,6 +21,7 @@ from tasks.host_record import HEARTBEAT_S
 from tasks.messages import Order
 from tasks.puller import Puller, no_room
 from tasks.record import Record
+from tasks.room import offer
 from tasks.sweeper import sweep_fleet, sweep_host
 from worker import journal as journals
 from worker import logs, reconcile
@@ -155,16 +156,6 @@ class Messages:
     def stop(self, container_id: str, attempt: int, reason: str) -> None:
         order = Order(container_id=container_id, attempt=attempt)
         workflow.step("stop", order, reason=reason).apply_async()
-
-
-def offer(current: Settings) -> dict[str, Any]:
-    """What this host has in all, for script TAKE."""
-    networks, _ = list_networks((current.own_cni_conf_dir, current.cni_conf_dir))
-    return {
-        "capacity": current.capacity,
-        "slots": current.slots,
-        "rooms": dict.fromkeys(networks, -1),
-    }
 
 
 def host_facts(current: Settings) -> dict[str, Any]:

@@ -32,10 +32,10 @@ from tasks.keys import (
 from tasks.scripts import OFFER, TAKE
 from tasks.state import State
 from worker.journal import now, seconds
-from worker.settings import MEMORY_PER_SANDBOX
 from worker.spec import Spec
 
 KINDS = ("spec/v1",)  # of specs that this release can launch
+COMMAND_KEPT = 80  # characters, for tables
 
 
 class Lines(Batches):
@@ -125,10 +125,11 @@ class Lines(Batches):
         """Take for `host` what waits and fits, as (id, attempt); they are its own now.
 
         Args:
-            have: `capacity`, `slots`, `memory` (bytes; 0: not counted), `labels`, and `rooms`: for each
-                network how many more it can have (-1: no limit).
+            have: `capacity`, `slots`, `memory` (bytes; 0: not counted), `each` (bytes that a sandbox counts
+                for that asks for none), `labels`, and `rooms`: for each network how many more it can have
+                (-1: no limit).
         """
-        have = {"memory": 0, "labels": {}, "rooms": {}, **have, "kinds": KINDS}
+        have = {"memory": 0, "each": 0, "labels": {}, "rooms": {}, **have, "kinds": KINDS}
         answer = self._take(keys=[], args=[host, now(), EVENTS_KEPT, json.dumps(have), most])
         return [(one, int(attempt)) for one, attempt in zip(answer[::2], answer[1::2], strict=True)]
 
@@ -178,10 +179,11 @@ def queue_class(spec: Spec) -> str:
 
 
 def needs_of(spec: Spec) -> dict[str, str]:
-    """What script TAKE must know of a sandbox."""
+    """What script TAKE must know of a sandbox, and a table without reading its spec."""
     return {
         "queue": queue_class(spec),
         "kind": spec.kind,
-        "memory": str(spec.memory_bytes or MEMORY_PER_SANDBOX),
+        "memory": str(spec.memory_bytes or 0),  # 0: as much as its host counts for such a one
         "nets": ",".join(one.name for one in spec.networks),
+        "command": " ".join(spec.args)[:COMMAND_KEPT],
     }

@@ -30,6 +30,7 @@ from tasks.scripts import MARK, NO_RECORD, PUT
 from tasks.state import TERMINAL, State
 from tasks.view import shape, view
 from worker.journal import Journal, now, seconds
+from worker.settings import MEMORY_PER_SANDBOX
 
 FIRST_ATTEMPT = 1  # what is queued has no other
 
@@ -100,7 +101,8 @@ class Record(Lines, Hosts):
         pipe.hset(sandbox_key(container_id), mapping=raw)
         pipe.zadd(SANDBOXES, {container_id: seconds(journal.created_at)})
         pipe.sadd(host_key(host) + ":sandboxes", container_id)
-        pipe.hset(host_key(host) + ":memory", container_id, needs["memory"])
+        memory = journal.spec.memory_bytes or MEMORY_PER_SANDBOX
+        pipe.hset(host_key(host) + ":memory", container_id, memory)
         pipe.hsetnx(key, "created_at", journal.created_at)  # its batch, without the rule
         pipe.zadd(BATCHES, {journal.batch: seconds(journal.created_at)}, nx=True)
         pipe.rpush(key + ":ids", container_id)

@@ -22,6 +22,7 @@ def offer(settings: Settings) -> dict[str, Any]:
         "capacity": settings.capacity,
         "slots": settings.slots,
         "memory": settings.memory,
+        "each": settings.default_memory or MEMORY_PER_SANDBOX,
         "labels": settings.labels,
         "rooms": rooms,
     }

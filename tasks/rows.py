@@ -9,10 +9,10 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
-from tasks.record import PREFIX, SANDBOXES, Record
+from tasks.keys import CHUNK, SANDBOXES, sandbox_key
+from tasks.record import Record
 
 Row = dict[str, Any]
-CHUNK = 1000  # ids in one call: the broker does nothing else meanwhile, for some milliseconds
 FIELDS = (
     *("id", "batch", "state", "stage", "host", "ip", "created_at", "exit_code", "error", "removed"),
     *("publish", "queue", "nets", "memory", "command"),
@@ -47,7 +47,7 @@ def read(record: Record, ids: Sequence[str] | None = None, *, with_labels: bool 
 def _hmget(record: Record, fields: Sequence[str], ids: Sequence[str]) -> Iterable[list[str | None]]:
     script = record.client.register_script(READ)
     for start in range(0, len(ids), CHUNK):
-        yield from script(keys=[f"{PREFIX}sb:"], args=[len(fields), *fields, *ids[start : start + CHUNK]])
+        yield from script(keys=[sandbox_key("")], args=[len(fields), *fields, *ids[start : start + CHUNK]])
 
 
 def _row(fields: list[str | None]) -> Row:

@@ -170,21 +170,31 @@ return account(id, target, at, expiry, kept, now) and 3 or 1
 
 # A host takes what fits into its room, in the order of the line: what is pinned to it, what its labels were
 # asked for, what any host may have.
-# ARGV: host, now (text), length of the stream, offer as JSON: capacity, slots, memory (0: not counted),
-# labels, rooms (of each network; -1: without a limit), kinds of specs; most to take.
+# ARGV: host, now (text), length of the stream, offer as JSON: capacity, slots, memory (0: not counted), each
+# (bytes for one that asks for none), labels, rooms (of each network; -1: without a limit), kinds of specs;
+# most to take.
 # Answers: id, attempt, id, attempt, ...
 TAKE = (
     _COMMON
     + f"local MOST_LOOKED_AT = {MOST_LOOKED_AT}"
     + """
+local HAS_LINKS = {egress=true, bundle=true, container=true}  -- the stages after `network`
 local host, at, kept, have, most = ARGV[1], ARGV[2], ARGV[3], cjson.decode(ARGV[4]), tonumber(ARGV[5])
 if drained(host) then return {} end
 local held, launching = host_key(host, 'sandboxes'), host_key(host, 'launching')
+local function use_rooms(nets)
+  for net in string.gmatch(nets or '', '[^,]+') do
+    local room = have.rooms[net]
+    if room and room > 0 then have.rooms[net] = room - 1 end
+  end
+end
+
 local under_way = 0
 for _, id in ipairs(redis.call('SMEMBERS', launching)) do  -- what was lost there is mended here
-  local state, stage, owner = unpack(redis.call('HMGET', rec(id), 'state', 'stage', 'host'))
+  local state, stage, owner, nets = unpack(redis.call('HMGET', rec(id), 'state', 'stage', 'host', 'nets'))
   if owner == host and (state == 'placed' or (state == 'launching' and stage ~= 'ready')) then
     under_way = under_way + 1
+    if not HAS_LINKS[stage] then use_rooms(nets) end
   else
     redis.call('SREM', launching, id)
   end
@@ -207,6 +217,11 @@ local function rooms_for(nets, is_pinned)
     if room == 0 or (room == nil and not is_pinned) then return false end
   end
   return true
+end
+
+local function bytes_of(needs)
+  needs = tonumber(needs or 0)
+  return needs > 0 and needs or have.each
 end
 
 local function matches(class)
@@ -234,18 +249,17 @@ for number, class in ipairs(classes) do
       'state', 'attempt', 'batch', 'kind', 'memory', 'nets', 'removed', 'cancel'))
     if state ~= 'queued' then
       redis.call('ZREM', P .. 'queue:' .. class, id)
-    elseif not removed and not cancelled and kinds[kind] and tonumber(needs) <= memory
+    elseif not removed and not cancelled and kinds[kind] and bytes_of(needs) <= memory
         and rooms_for(nets, number == 1) then
+      needs = bytes_of(needs)
       redis.call('HSET', rec(id), 'state', 'placed', 'host', host, 'placed_at', at)
       redis.call('SADD', held, id)
       redis.call('SADD', launching, id)
       redis.call('HSET', host_key(host, 'memory'), id, needs)
       redis.call('ZREM', P .. 'queue:' .. class, id)
       redis.call('ZREM', P .. 'queued', id)
-      memory = memory - tonumber(needs)
-      for net in string.gmatch(nets, '[^,]+') do
-        if have.rooms[net] and have.rooms[net] > 0 then have.rooms[net] = have.rooms[net] - 1 end
-      end
+      memory = memory - needs
+      use_rooms(nets)
       tell(id, batch or '', 'placed', host, at, kept)
       taken[#taken + 1] = id
       taken[#taken + 1] = attempt
