@@ -5,7 +5,7 @@ EVENTS = PREFIX + "events"
 SANDBOXES = PREFIX + "sandboxes"  # sorted set: id by time of creation
 DEADLINES = PREFIX + "deadlines"  # sorted set: id by its deadline, of what may still be queued
 QUEUED = PREFIX + "queued"  # sorted set: id by time, of what no host has taken and no batch holds back
-CLASSES = PREFIX + "queues"  # the lines `on:` that have been used
+LINES = PREFIX + "lines"  # set: the names of the lines that are not empty, and of some that are
 BELL = PREFIX + "bell"  # stream: something waits to be taken; bell:HOST: look again, you may have room
 BATCHES = PREFIX + "batches"  # sorted set: batch by time
 OPEN = PREFIX + "open"  # sorted set: batch whose submission is under way, by time
@@ -25,8 +25,8 @@ def sandbox_key(container_id: str) -> str:
 
 
 def line_key(name: str) -> str:
-    """A line of those that wait, in their order; its name is the class of what waits there."""
-    return f"{PREFIX}queue:{name}"
+    """A line of those that wait, in their order; its name is what each of them needs."""
+    return f"{PREFIX}line:{name}"
 
 
 def batch_key(name: str) -> str:

@@ -1,8 +1,10 @@
 """What waits: the lines from which hosts take as much as they have room for.
 
-A line is a sorted set of ids: one for each host that sandboxes are pinned to, one for each set of host labels
-that they ask for, one for all the rest. The queue is a part of the record, not of Celery: a list of messages
-hands its head to whoever comes, and knows nothing of memory, labels, addresses or batches.
+A line is a sorted set of ids that need the same: which host, or which labels of a host, which networks, how
+much memory. A host judges a line by its head, so that ten thousand that do not fit cost it nothing.
+
+The queue is a part of the record, not of Celery: a list of messages hands its head to whoever comes, and
+knows nothing of memory, labels, addresses or batches.
 """
 
 import json
@@ -19,9 +21,9 @@ from tasks.keys import (
     BELL,
     BELLS_KEPT,
     CHUNK,
-    CLASSES,
     DEADLINES,
     EVENTS_KEPT,
+    LINES,
     OPEN,
     QUEUED,
     SANDBOXES,
@@ -102,22 +104,18 @@ class Lines(Batches):
         """Put sandboxes in their lines, in this order, as script OFFER does one by one."""
         lines: dict[str, dict[str, float]] = {}
         for offset, (container_id, spec) in enumerate(part, number):
-            lines.setdefault(queue_class(spec), {})[container_id] = score + offset * 1e-6
+            lines.setdefault(line_of(spec), {})[container_id] = score + offset * 1e-6
         for name, line in lines.items():
             pipe.zadd(line_key(name), line)
             pipe.zadd(QUEUED, line)
-            if name.startswith("on:"):
-                pipe.sadd(CLASSES, name)
+            pipe.sadd(LINES, name)
         pipe.xadd(BELL, {"look": "1"}, maxlen=BELLS_KEPT)
 
     def offer(self, specs: Mapping[str, Spec]) -> None:
         """Put these in line: a client of release 0.1.0 has enqueued them, and knows no lines."""
         pipe = self.client.pipeline()
         for container_id, spec in specs.items():
-            needs = needs_of(spec)
-            pipe.hset(sandbox_key(container_id), mapping=dict[Any, Any](needs))
-            if needs["queue"].startswith("on:"):
-                pipe.sadd(CLASSES, needs["queue"])
+            pipe.hset(sandbox_key(container_id), mapping=dict[Any, Any](needs_of(spec)))
         self._offer(keys=[], args=[time.time(), *specs], client=pipe)
         pipe.execute()
 
@@ -138,7 +136,7 @@ class Lines(Batches):
         ids = cast("list[str]", self.client.zrangebyscore(QUEUED, "-inf", time.time() - age_s, 0, CHUNK))
         pipe = self.client.pipeline(transaction=False)
         for container_id in ids:
-            pipe.hmget(sandbox_key(container_id), ["state", "queue", "spec"])
+            pipe.hmget(sandbox_key(container_id), ["state", "line", "spec"])
         answers = dict(zip(ids, pipe.execute(), strict=True))
         gone = [one for one, (state, _, _) in answers.items() if state != State.QUEUED]
         if gone:
@@ -170,20 +168,28 @@ class Lines(Batches):
         return {**marks, **rung}
 
 
-def queue_class(spec: Spec) -> str:
-    """The line in which a sandbox waits: that of a host, of hosts with labels, or of any."""
+def where(spec: Spec) -> str:
+    """Which hosts a sandbox waits for: one, those with labels, or any."""
     if spec.host is not None:
         return f"host:{spec.host}"
-    labels = getattr(spec, "on", {})
-    return "on:" + ",".join(f"{name}={labels[name]}" for name in sorted(labels)) if labels else "any"
+    return "on:" + ",".join(f"{name}={spec.on[name]}" for name in sorted(spec.on)) if spec.on else "any"
+
+
+def line_of(spec: Spec) -> str:
+    """The name of the line in which a sandbox waits; script TAKE reads it."""
+    return "|".join((where(spec), spec.kind, str(spec.memory_bytes or 0), _networks(spec)))
+
+
+def _networks(spec: Spec) -> str:
+    return ",".join(one.name for one in spec.networks)
 
 
 def needs_of(spec: Spec) -> dict[str, str]:
     """What script TAKE must know of a sandbox, and a table without reading its spec."""
     return {
-        "queue": queue_class(spec),
-        "kind": spec.kind,
+        "line": line_of(spec),
+        "queue": where(spec),
         "memory": str(spec.memory_bytes or 0),  # 0: as much as its host counts for such a one
-        "nets": ",".join(one.name for one in spec.networks),
+        "nets": _networks(spec),
         "command": " ".join(spec.args)[:COMMAND_KEPT],
     }

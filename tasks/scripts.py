@@ -5,7 +5,6 @@ from tasks.state import MOVES, TERMINAL, State
 
 NO_RECORD = -2  # an answer of PUT
 BROKEN = 3  # an answer of PUT: written, and the batch's rule cannot be met any more
-MOST_LOOKED_AT = 100  # of each class, in one TAKE: what does not fit must not make it slow
 
 
 def _names(states: "frozenset[State] | set[State]") -> str:
@@ -32,9 +31,16 @@ end
 
 -- Let a sandbox be taken; `now` is its place in the line.
 local function offer(id, now)
-  local class = redis.call('HGET', rec(id), 'queue')
-  redis.call('ZADD', P .. 'queue:' .. class, now, id)
+  local line = redis.call('HGET', rec(id), 'line')
+  redis.call('SADD', P .. 'lines', line)
+  redis.call('ZADD', P .. 'line:' .. line, now, id)
   redis.call('ZADD', P .. 'queued', now, id)
+end
+
+local function leave(id, line)
+  redis.call('ZREM', P .. 'queued', id)
+  redis.call('ZREM', P .. 'line:' .. line, id)
+  if redis.call('EXISTS', P .. 'line:' .. line) == 0 then redis.call('SREM', P .. 'lines', line) end
 end
 
 -- Of a batch that holds some back: let as many go as its rule allows now.
@@ -63,7 +69,7 @@ local function release(batch, now)
     if not id then break end
     redis.call('HDEL', rec(id), 'held')
     if redis.call('HGET', rec(id), 'state') == 'queued' then  -- else it was cancelled meanwhile, and counted
-      offer(id, now)
+      offer(id, now + count * 1e-6)
       count = count + 1
     end
   end
@@ -144,7 +150,7 @@ end
 redis.call('HSET', rec(id), 'state', target, 'attempt', attempt)
 if seq ~= '' then redis.call('HSET', rec(id), 'seq', seq) end
 if #ARGV > 9 then redis.call('HSET', rec(id), unpack(ARGV, 10)) end
-local host, batch, class, stage = unpack(redis.call('HMGET', rec(id), 'host', 'batch', 'queue', 'stage'))
+local host, batch, line, stage = unpack(redis.call('HMGET', rec(id), 'host', 'batch', 'line', 'stage'))
 if host then
   local is_launch = target == 'placed' or (target == 'launching' and stage ~= 'ready')
   local left = not is_launch and redis.call('SREM', host_key(host, 'launching'), id) or 0
@@ -156,8 +162,7 @@ if host then
 end
 if target == state then return 1 end
 if state == 'queued' then
-  redis.call('ZREM', P .. 'queued', id)
-  if class then redis.call('ZREM', P .. 'queue:' .. class, id) end
+  leave(id, line or '')
 end
 if TERMINAL[target] then
   redis.call('HSETNX', rec(id), 'ended_at', at)
@@ -168,20 +173,21 @@ return account(id, target, at, expiry, kept, now) and 3 or 1
 """
 )
 
-# A host takes what fits into its room, in the order of the line: what is pinned to it, what its labels were
-# asked for, what any host may have.
+# A host takes what fits into its room. All in one line need the same, so that each line is judged by its
+# head, however many wait there: first those that are pinned to the host, then those that ask for its labels,
+# then the others; of equals the line whose head has waited longest.
 # ARGV: host, now (text), length of the stream, offer as JSON: capacity, slots, memory (0: not counted), each
 # (bytes for one that asks for none), labels, rooms (of each network; -1: without a limit), kinds of specs;
 # most to take.
 # Answers: id, attempt, id, attempt, ...
 TAKE = (
     _COMMON
-    + f"local MOST_LOOKED_AT = {MOST_LOOKED_AT}"
     + """
 local HAS_LINKS = {egress=true, bundle=true, container=true}  -- the stages after `network`
 local host, at, kept, have, most = ARGV[1], ARGV[2], ARGV[3], cjson.decode(ARGV[4]), tonumber(ARGV[5])
 if drained(host) then return {} end
 local held, launching = host_key(host, 'sandboxes'), host_key(host, 'launching')
+
 local function use_rooms(nets)
   for net in string.gmatch(nets or '', '[^,]+') do
     local room = have.rooms[net]
@@ -211,55 +217,68 @@ end
 local kinds = {}
 for _, kind in ipairs(have.kinds) do kinds[kind] = true end
 
-local function rooms_for(nets, is_pinned)
+-- 1, 2, 3: pinned to this host, for its labels, for any; nil: for others.
+local function rank_of(where)
+  if where == 'any' then return 3 end
+  if string.sub(where, 1, 5) == 'host:' then return where == 'host:' .. host and 1 or nil end
+  for name, value in string.gmatch(string.sub(where, 4) .. ',', '([^=,]+)=([^,]*),') do
+    if have.labels[name] ~= value then return nil end
+  end
+  return 2
+end
+
+local function has_rooms(nets, is_pinned)
   for net in string.gmatch(nets, '[^,]+') do
-    local room = have.rooms[net]
+    local room = have.rooms[net]  -- what is pinned where its network is not is taken, and fails with words
     if room == 0 or (room == nil and not is_pinned) then return false end
   end
   return true
 end
 
-local function bytes_of(needs)
-  needs = tonumber(needs or 0)
-  return needs > 0 and needs or have.each
-end
-
-local function matches(class)
-  for name, value in string.gmatch(string.sub(class, 4) .. ',', '([^=,]+)=([^,]*),') do
-    if have.labels[name] ~= value then return false end
-  end
-  return true
-end
-
-local classes = {'host:' .. host}
-for _, class in ipairs(redis.call('SMEMBERS', P .. 'queues')) do
-  if redis.call('EXISTS', P .. 'queue:' .. class) == 0 then
-    redis.call('SREM', P .. 'queues', class)
-  elseif matches(class) then
-    classes[#classes + 1] = class
+local lines = {}
+for _, name in ipairs(redis.call('SMEMBERS', P .. 'lines')) do
+  local where, kind, bytes, nets = string.match(name, '^([^|]*)|([^|]*)|([^|]*)|([^|]*)$')
+  local rank = where and kinds[kind] and rank_of(where)
+  local needs = tonumber(bytes or 0)
+  if needs == 0 then needs = have.each end
+  if rank and needs <= memory and has_rooms(nets, rank == 1) then
+    local head = redis.call('ZRANGE', P .. 'line:' .. name, 0, 0, 'WITHSCORES')
+    if head[1] then
+      lines[#lines + 1] = {name=name, rank=rank, since=tonumber(head[2]), needs=needs, nets=nets}
+    end
   end
 end
-classes[#classes + 1] = 'any'
 
 local taken = {}
-for number, class in ipairs(classes) do
-  for _, id in ipairs(redis.call('ZRANGE', P .. 'queue:' .. class, 0, MOST_LOOKED_AT - 1)) do
-    if #taken >= 2 * most then return taken end
-    local state, attempt, batch, kind, needs, nets, removed, cancelled = unpack(redis.call('HMGET', rec(id),
-      'state', 'attempt', 'batch', 'kind', 'memory', 'nets', 'removed', 'cancel'))
+while #taken < 2 * most do
+  local best = nil
+  for _, line in ipairs(lines) do
+    if not line.done and (not best or line.rank < best.rank
+        or (line.rank == best.rank and line.since < best.since)) then
+      best = line
+    end
+  end
+  if not best then break end
+  local head = redis.call('ZRANGE', P .. 'line:' .. best.name, best.skip or 0, best.skip or 0, 'WITHSCORES')
+  local id = head[1]
+  if not id or best.needs > memory or not has_rooms(best.nets, best.rank == 1) then
+    best.done = true
+  else
+    best.since = tonumber(head[2])
+    local state, attempt, batch, removed, cancelled = unpack(redis.call('HMGET', rec(id),
+      'state', 'attempt', 'batch', 'removed', 'cancel'))
     if state ~= 'queued' then
-      redis.call('ZREM', P .. 'queue:' .. class, id)
-    elseif not removed and not cancelled and kinds[kind] and bytes_of(needs) <= memory
-        and rooms_for(nets, number == 1) then
-      needs = bytes_of(needs)
+      leave(id, best.name)
+    elseif removed or cancelled then  -- whoever marked it is about to end it
+      best.skip = (best.skip or 0) + 1
+    else
       redis.call('HSET', rec(id), 'state', 'placed', 'host', host, 'placed_at', at)
       redis.call('SADD', held, id)
       redis.call('SADD', launching, id)
-      redis.call('HSET', host_key(host, 'memory'), id, needs)
-      redis.call('ZREM', P .. 'queue:' .. class, id)
-      redis.call('ZREM', P .. 'queued', id)
-      memory = memory - needs
-      use_rooms(nets)
+      redis.call('HSET', host_key(host, 'memory'), id, best.needs)
+      leave(id, best.name)
+      memory = memory - best.needs
+      use_rooms(best.nets)
       tell(id, batch or '', 'placed', host, at, kept)
       taken[#taken + 1] = id
       taken[#taken + 1] = attempt
@@ -270,12 +289,13 @@ return taken
 """
 )
 
-# Put sandboxes of the records in the line, where their class says. ARGV: now (s), id, ...
+# Put sandboxes of the records in their lines. ARGV: now (s), id, ...
 OFFER = (
     _COMMON
     + """
 for number = 2, #ARGV do
-  if redis.call('HGET', rec(ARGV[number]), 'state') == 'queued' then offer(ARGV[number], ARGV[1]) end
+  local id = ARGV[number]
+  if redis.call('HGET', rec(id), 'state') == 'queued' then offer(id, ARGV[1] + number * 1e-6) end
 end
 ring(P .. 'bell')
 """

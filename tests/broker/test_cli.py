@@ -33,7 +33,7 @@ def three(record):
 
 
 def moved(record, container_id: str, *states: State, **fields: str) -> None:
-    assert record.put(container_id, State.PLACED, 1, {"host": "here"}) == 1
+    record.put(container_id, State.PLACED, 1, {"host": "here"}, only_from=State.QUEUED)
     for state in states:
         assert record.put(container_id, state, 1, fields) > 0
 

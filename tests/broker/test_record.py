@@ -291,7 +291,8 @@ def test_from_a_mark_nothing_is_missed_and_nothing_told_twice(queued):
 
 def test_a_follower_is_woken_by_the_event(queued, broker):
     with ThreadPoolExecutor() as pool, connect(broker) as connection:
-        told = pool.submit(lambda: list(Record(connection).follow(queued.last_event(), 3)))
+        mark = queued.last_event()
+        told = pool.submit(lambda: list(Record(connection).follow(mark, 3)))
         moved(queued, State.PLACED)
         ((_, event),) = told.result(timeout=30)
         assert event["state"] == "placed"

@@ -14,7 +14,8 @@ import pytest
 
 from cli.client import Client
 from tasks import rows
-from tasks.record import SANDBOXES, Record
+from tasks.keys import SANDBOXES
+from tasks.record import Record
 from tasks.state import State
 from tests.broker.conftest import CommandLine
 from worker.settings import Settings
@@ -37,8 +38,8 @@ def three(record: Record) -> Record:
         (B, State.RUNNING, {"ip": "10.0.0.2", "publish": published, "stage": "ready"}),
         (C, State.FAILED, {"error": json.dumps({"stage": "netns", "message": "no room"}), "exit_code": "3"}),
     ):
-        assert record.claim(container_id, "h1", 1)
-        assert record.put(container_id, state, 1, fields, host="h1") == 1
+        assert record.put(container_id, State.PLACED, 1, {"host": "h1"}) == 1
+        assert record.put(container_id, state, 1, fields) == 1
     return record
 
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from tasks.submit import publish_unwind, submit
-from tests.broker.test_submit import SPEC, arguments, queues
-from worker.spec import make_spec
+from tasks.submit import publish_place, publish_unwind
+from tests.broker.test_submit import arguments, queues
+
+IDS = ("sb-00000000000000a2", "sb-00000000000000a3")
 
 # A worker's consumer that says what it has taken, and acknowledges nothing.
 TAKE = """
@@ -25,6 +26,7 @@ with app.connection_for_read() as connection:
     while True:
         connection.drain_events()
 """
+CLIENT = None  # a client of release 0.1.0 asks any host, by the shared queue
 TAKE_BACK = "from tasks.consumer import take_back_messages; print(take_back_messages())"
 
 
@@ -50,12 +52,10 @@ def taken(cli, client) -> Any:
     return take
 
 
-def test_messages_that_a_killed_worker_had_taken_go_back_to_their_queues(
-    cli, client, record, sender, broker, taken
-):
+def test_messages_that_a_killed_worker_had_taken_go_back_to_their_queues(cli, client, sender, broker, taken):
     """At once, and not when the visibility timeout of ten minutes is over."""
     container_id = "sb-00000000000000a1"
-    submit(sender, record, broker, [SPEC, make_spec(args=["true"], host=broker.host)])
+    publish_place(sender, [("sb-00000000000000a2", 1, CLIENT), ("sb-00000000000000a3", 1, broker.host)])
     publish_unwind(sender, container_id, 1, broker.host, "exited")
     before = sent(client)
     taken_ids = taken(broker.host)
@@ -71,17 +71,17 @@ def test_messages_that_a_killed_worker_had_taken_go_back_to_their_queues(
     assert cli.python("-c", TAKE_BACK).stdout == "0\n"
 
 
-def test_they_are_marked_as_delivered_before(cli, client, record, sender, broker, taken):
-    submit(sender, record, broker, [SPEC, SPEC])
+def test_they_are_marked_as_delivered_before(cli, client, sender, broker, taken):
+    publish_place(sender, [(one, 1, CLIENT) for one in IDS])
     taken(broker.host)
     cli.python("-c", TAKE_BACK)
     messages = queues(client)["launch", 9]
     assert [message["properties"]["delivery_info"].get("redelivered") for message in messages] == [True] * 2
 
 
-def test_what_another_host_has_taken_is_its_own(cli, client, record, sender, broker, taken):
+def test_what_another_host_has_taken_is_its_own(cli, client, sender, broker, taken):
     """It works on it."""
-    submit(sender, record, broker, [SPEC, SPEC])
+    publish_place(sender, [(one, 1, CLIENT) for one in IDS])
     taken("another")
     assert cli.python("-c", TAKE_BACK).stdout == "0\n"
     assert queues(client) == {}
@@ -89,8 +89,8 @@ def test_what_another_host_has_taken_is_its_own(cli, client, record, sender, bro
     assert len(queues(client)["launch", 9]) == 2
 
 
-def test_undo_is_taken_before_work_that_waited_longer(client, record, sender, broker, taken):
-    submit(sender, record, broker, [SPEC] * 3)
+def test_undo_is_taken_before_work_that_waited_longer(client, sender, broker, taken):
+    publish_place(sender, [(one, 1, CLIENT) for one in (*IDS, "sb-00000000000000a4")])
     publish_unwind(sender, "sb-00000000000000a1", 1, broker.host, "exited")
     first, second = taken(broker.host)
     body = client.hvals(f"sandbatch:mq:unacked.{broker.host}")
