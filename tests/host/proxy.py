@@ -8,6 +8,7 @@ import random
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import BinaryIO
 
 import redis
@@ -57,7 +58,11 @@ class Proxy:
             if self._is_cut:
                 client.close()
                 continue
-            broker = socket.create_connection(("127.0.0.1", self._broker_port))
+            try:
+                broker = socket.create_connection(("127.0.0.1", self._broker_port))
+            except ConnectionRefusedError:  # it is being restarted
+                client.close()
+                continue
             self._open |= {client, broker}
             for target, args in ((self._commands, (client, broker)), (self._replies, (broker, client))):
                 threading.Thread(target=target, args=args, daemon=True).start()
@@ -82,6 +87,9 @@ class Proxy:
     def _end(self, *sockets: socket.socket) -> None:
         for one in sockets:
             self._open.discard(one)
+            # A close alone tells the other side nothing while a thread still reads from the socket.
+            with suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
             one.close()
 
 
