@@ -7,7 +7,16 @@ from typer.core import TyperGroup
 from typer.main import get_group
 
 # Each module has an `app` with its commands.
-MODULES = {"run": "cli.run", "ls": "cli.ls", "logs": "cli.calls", "exec": "cli.calls", "cp": "cli.copy"}
+MODULES = {
+    "run": "cli.run",
+    "batch": "cli.batch",
+    "batches": "cli.batch",
+    "cancel": "cli.batch",
+    "ls": "cli.ls",
+    "logs": "cli.calls",
+    "exec": "cli.calls",
+    "cp": "cli.copy",
+}
 
 
 class Commands(TyperGroup):

@@ -13,7 +13,7 @@ from cli.client import Client, shown
 from cli.elsewhere import Commands
 from cli.output import errors_for_humans, one_line, print_json, say
 from cli.parse import pair
-from cli.waiting import tell_failures, wait_for
+from cli.waiting import tell_failures, until_gone, wait_for
 from tasks.state import TERMINAL, State
 from worker.errors import BadInput
 from worker.settings import load_settings
@@ -218,14 +218,27 @@ def wait(
     batch: Batch = None,
     goal: Annotated[str, typer.Option("--for", metavar="running|terminal")] = "terminal",
     timeout: Annotated[float | None, typer.Option(metavar="S", help="Longest wait in seconds.")] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.json|.xml", help="Of a batch: write what became of it (JUnit)."),
+    ] = None,
 ) -> None:
     """Wait until sandboxes run or have ended; exit 1 if one failed or the time is up.
 
     Ends are printed as `ID CODE`, a line each; of a single ID its exit code is this command's as well.
+    A batch with a rule (--success) ends with 0 if it is kept, else with 1.
     """
     with errors_for_humans():
         if goal not in ("running", "terminal"):
             raise BadInput(f"--for {goal}", "not known", "running or terminal")
+        if batch is not None and not ids:
+            from cli.batch_wait import wait_for_batch
+
+            raise typer.Exit(
+                wait_for_batch(load_settings(), batch, goal, timeout, report_to=report, with_codes=True)
+            )
+        if report is not None:
+            raise BadInput("--report", "is for a batch", "name one with --batch, and no ids")
         client = Client(load_settings())
         wanted = _named(client, ids, batch)
         states = wait_for(client, [row["id"] for row in wanted], goal, timeout)
@@ -268,7 +281,7 @@ def rm(
         client = Client(load_settings())
         rows = _all_or_named(client, ids, batch, everything, unknown_ok=force)
         remove(client.app(), client.record, rows)
-        _until_gone(client, "rm", rows, no_wait=no_wait)
+        raise typer.Exit(until_gone(client, "rm", rows, no_wait=no_wait))
 
 
 @app.command(epilog="Example: sandbatch stop --time 30 sb-0123")
@@ -292,7 +305,7 @@ def stop(
         client = Client(load_settings())
         rows = _all_or_named(client, ids, batch, everything)
         ask_to_stop(client.app(), client.record, rows, grace)
-        _until_gone(client, "stop", rows, no_wait=no_wait)
+        raise typer.Exit(until_gone(client, "stop", rows, no_wait=no_wait))
 
 
 def _all_or_named(
@@ -308,35 +321,6 @@ def _all_or_named(
     if ids or batch is not None:
         raise BadInput("--all", "ids or --batch are given as well", "give one of the three")
     return [row for row in client.select() if not row["removed"]]
-
-
-def _until_gone(client: Client, command: str, rows: list[dict[str, Any]], *, no_wait: bool) -> None:
-    """Print the ids; wait until nothing of them is left, but not for a host that is not up.
-
-    Raises:
-        typer.Exit: 1 where something stays, which is said.
-    """
-    names = [row["id"] for row in rows]
-    away = _on_hosts_away(client, rows)
-    states = {} if no_wait else wait_for(client, [one for one in names if one not in away], "gone", None)
-    if names:
-        output.out.print("\n".join(names))
-    if away and not no_wait:
-        hosts = ", ".join(sorted(set(away.values())))
-        todo = "it undoes them once it is back"
-        say(f"sandbatch: {command}: {', '.join(away)}: host {hosts} is not up; {todo}")
-        raise typer.Exit(1)
-    stuck = [one for one, state in states.items() if state == State.STUCK]
-    if stuck:
-        say(f"sandbatch: {command}: {', '.join(stuck)} stuck, its host goes on trying; see sandbatch show")
-        raise typer.Exit(1)
-
-
-def _on_hosts_away(client: Client, rows: list[dict[str, Any]]) -> dict[str, str]:
-    """Sandboxes that a host without a heartbeat has, with the host: nobody knows how long a wait would be."""
-    live = client.record.live_hosts()
-    now = client.record.get_all([row["id"] for row in rows])
-    return {row["id"]: row["host"] for row in now if row["state"] not in TERMINAL and row["host"] not in live}
 
 
 def main() -> None:

@@ -15,6 +15,10 @@ PUBLISH = re.compile(
     r"(?:/(?P<protocol>[a-z]+))?$"
 )
 
+DURATION_PART = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|[smhd])")
+DURATION = re.compile(f"(?:{DURATION_PART.pattern})+")
+SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
+
 
 def pair(text: str, flag: str) -> tuple[str, str]:
     """`K=V` as a pair."""
@@ -138,15 +142,34 @@ def name_and_address(text: str) -> tuple[str, str]:
     return name, address.strip("[]")
 
 
-def moment(text: str) -> str:
-    """A number of seconds from now, or a moment in RFC 3339, as the latter."""
+def duration(text: str, flag: str) -> float:
+    """Seconds; `1h30m` and `500ms` say their units."""
     try:
-        seconds = float(text)
+        return float(text)
     except ValueError:
+        pass
+    if not DURATION.fullmatch(text):
+        raise BadInput(f"{flag} {text}", "a time is needed", "for example 90, 10m or 1h30m")
+    return sum(float(number) * SECONDS[unit] for number, unit in DURATION_PART.findall(text))
+
+
+def moment(text: str, flag: str = "--deadline") -> str:
+    """A time from now, as of `duration`, or a moment in RFC 3339, as the latter."""
+    try:
+        seconds = duration(text, flag)
+    except BadInput:
         return text  # the spec says whether it is one
     if not 0 < seconds <= 10**9:
-        raise BadInput(f"--deadline {text}", "seconds from now are needed, or a moment", "for example 3600")
+        raise BadInput(f"{flag} {text}", "a time from now is needed, or a moment", "for example 3600 or 1h")
     return (datetime.now(UTC) + timedelta(seconds=seconds)).isoformat(timespec="milliseconds")
+
+
+def instant(text: str) -> datetime:
+    """A moment in RFC 3339, with its zone."""
+    try:
+        return datetime.fromisoformat(spec_parts.stamp(text))
+    except ValueError as error:
+        raise BadInput(f"deadline {text}", str(error), "for example 10m or 2027-01-31T12:00:00Z") from None
 
 
 def since(text: str | None) -> dict[str, float]:

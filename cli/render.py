@@ -87,6 +87,15 @@ def hosts(rows: list[dict[str, Any]]) -> "Table":
     return made
 
 
+def batches(rows: list[dict[str, Any]]) -> "Table":
+    numbers = ("total", "held", "starting", "running", "good", "bad")
+    made = table("BATCH", "AGE", *(one.upper() for one in numbers), "OUTCOME")
+    for row in rows:
+        outcome = row["outcome"] or ("being cancelled" if row["cancelled"] else "-")
+        made.add_row(row["name"], age(row["created_at"]), *(str(row[one]) for one in numbers), outcome)
+    return made
+
+
 def timeline(stages: list[dict[str, Any]]) -> "Table":
     made = table("STAGE", "DO|UNDO", "STATE", "STARTED", "SECONDS", "ERROR")
     for run in stages:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -424,11 +425,17 @@ def test_hosts(cli, heartbeat):
 # -- wait, rm ------------------------------------------------------------------------------------
 
 
-def waiting(cli, *args: str) -> "subprocess.Popen[str]":
+def waiting(cli, *args: str, stdin: "Path | None" = None) -> "subprocess.Popen[str]":
     argv = [sys.executable, "-m", "cli", *args]
-    return subprocess.Popen(
-        argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=cli.environment
-    )
+    with open(stdin or os.devnull) as given:
+        return subprocess.Popen(
+            argv,
+            stdin=given,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=cli.environment,
+        )
 
 
 def follower_comes(client) -> None:
