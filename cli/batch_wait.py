@@ -125,8 +125,10 @@ def _bar(progress: Progress) -> Iterator[Show]:
     from cli.output import err
 
     class Bar(rich.Progress):
+        words = ""  # a text: it is drawn by another thread than that which counts
+
         def get_renderables(self) -> Iterator[Any]:
-            yield Text(f"batch {progress.name}: {progress}", no_wrap=True, overflow="ellipsis")
+            yield Text(self.words, no_wrap=True, overflow="ellipsis")
             yield from super().get_renderables()
 
     columns = (
@@ -139,6 +141,7 @@ def _bar(progress: Progress) -> Iterator[Show]:
         task = bar.add_task("", total=len(progress.states), speed="")
 
         def show(changed: bool) -> None:
+            bar.words = f"batch {progress.name}: {progress}"
             total = max(1, len(progress.states))
             bar.update(task, completed=progress.reached, total=total, speed=progress.speed())
 
@@ -181,7 +184,8 @@ def wait_for_batch(
     except KeyboardInterrupt:
         say(f"batch {name} goes on: sandbatch wait --batch {name}, or sandbatch cancel {name}")
         raise typer.Exit(130) from None
-    rows = client.record.get_all(list(progress.states))
+    ids = client.record.batch_ids(name)  # with those in the place of others that were lost
+    rows = client.record.get_all(ids or list(progress.states))
     batch = client.record.batch(name) or {"name": name, "needed": None, "outcome": progress.outcome}
     if with_codes and goal == "terminal":
         for row in rows:
@@ -193,7 +197,7 @@ def wait_for_batch(
 
 
 def _verdict(progress: Progress, batch: dict[str, Any], rows: list[dict[str, Any]]) -> int:
-    goal, states = progress.goal, progress.states.values()
+    goal, states = progress.goal, [row["state"] for row in rows]
     good_states = {State.EXITED, State.RUNNING if goal == "running" else State.CANCELLED}
     good = sum(state in good_states for state in states)
     late = sum(state not in good_states and state not in TERMINAL for state in states)

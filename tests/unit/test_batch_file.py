@@ -1,6 +1,7 @@
 """Batch files as people write them: every format, every word, and every line that is wrong."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -49,6 +50,14 @@ def test_defaults_specs_and_a_plan_make_a_batch():
     # What is written is meant: no octal number, no bool. A null takes away what the defaults say.
     assert (third.args, third.env, third.memory_bytes) == (["sleep", "0060"], {"A": "1", "C": "no"}, None)
     assert {one.network for one in batch.specs} == {"net"}
+
+
+def test_the_example_of_the_readme_is_one():
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    batch = read(readme.split("```yaml\n")[1].split("```")[0])
+    assert (batch.name, len(batch.specs)) == ("nightly", 101)
+    assert (batch.plan.success, batch.plan.waves, batch.plan.fail_fast) == ("95%", (1, 10, 100), True)
+    assert {one.env["SUITE"] for one in batch.specs} == {"nightly"}
 
 
 def test_the_options_of_the_command_line_win():
