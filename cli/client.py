@@ -5,11 +5,13 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from cli.away import Away
+from cli.output import say
 from cli.parse import pair
 from tasks import rows as light
 from tasks.connection import check, connect
 from tasks.record import Record
-from tasks.state import TERMINAL, State
+from tasks.state import TERMINAL, UNKNOWN, State
 from worker.errors import BadInput
 from worker.settings import Settings
 
@@ -95,9 +97,12 @@ class Client:
 
     def validate(self, spec: "Spec") -> None:
         """Refuse what no host can do, before anything is enqueued (`cli.validate`)."""
-        from cli.validate import validate
+        from cli.validate import validate, warnings
 
-        validate(spec, self.record.live_hosts(), self.settings)
+        hosts = self.record.all_hosts()
+        validate(spec, hosts, self.settings)
+        for words in warnings(spec, hosts):
+            say(words)
 
     def next_change(self, mark: str) -> str:
         """Wait until something changes after `mark` of the stream; the new mark."""
@@ -115,17 +120,20 @@ class Client:
     ) -> dict[str, str]:
         """Wait by events until each sandbox has reached `goal` ("running" or "terminal") or its end.
 
-        Returns the states when all have, or when the time is up.
+        Returns the states when all have, or when the time is up. What is launched elsewhere meanwhile, as
+        its host was lost, stands there by its new id.
         """
         mark = self.record.last_event()  # before the look: nothing between the two is missed
+        away = Away(self.record, follows=goal != "gone")
         states = {row["id"]: row["state"] for row in self.record.get_all(ids)}
+        away.look(states)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         on_change(states)
         while not all(has_reached(state, goal) for state in states.values()):
             left_s = FOLLOW_S if deadline is None else min(FOLLOW_S, deadline - time.monotonic())
             if left_s <= 0:
                 break
-            changed = False
+            changed = away.look(states)
             for entry, event in self.record.follow(mark, left_s):
                 mark = entry
                 if event["id"] in states:
@@ -141,8 +149,8 @@ def _filter(
 ) -> Callable[[dict[str, Any]], bool]:
     """What `ls` filters by, as one question to a row."""
     for state in states:
-        if state not in set(State):
-            raise BadInput(f"--state {state}", "no such state", f"one of {', '.join(State)}")
+        if state not in {*State, UNKNOWN}:
+            raise BadInput(f"--state {state}", "no such state", f"one of {', '.join([*State, UNKNOWN])}")
     wanted = dict(pair(label, "--label") for label in labels)
     return lambda row: (
         (batch is None or row["batch"] == batch)

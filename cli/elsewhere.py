@@ -16,6 +16,9 @@ MODULES = {
     "logs": "cli.calls",
     "exec": "cli.calls",
     "cp": "cli.copy",
+    "hosts": "cli.hosts",
+    "drain": "cli.hosts",
+    "resume": "cli.hosts",
 }
 
 

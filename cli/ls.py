@@ -12,6 +12,7 @@ import typer
 from cli import output, render
 from cli.client import Client, shown
 from cli.output import errors_for_humans, print_json_rows
+from tasks.whys import explain
 from worker.settings import load_settings
 
 app = typer.Typer()
@@ -36,7 +37,9 @@ def ls(
         def select() -> Rows:
             read = client.select if as_json else client.rows
             rows = read(batch=batch, host=host, states=state or [], labels=label or [])
-            return [row for row in rows if everything or state or batch or not row["removed"]]
+            rows = [row for row in rows if everything or state or batch or not row["removed"]]
+            explain(client.record, rows)
+            return rows
 
         if watch:
             _watch(client, select, as_json)

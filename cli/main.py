@@ -15,6 +15,7 @@ from cli.output import errors_for_humans, one_line, print_json, say
 from cli.parse import pair
 from cli.waiting import tell_failures, until_gone, wait_for
 from tasks.state import TERMINAL, State
+from tasks.whys import explain
 from worker.errors import BadInput
 from worker.settings import load_settings
 
@@ -29,6 +30,7 @@ app = typer.Typer(
 
 Ids = Annotated[list[str] | None, typer.Argument(metavar="[ID]…", help="Full ids or unique prefixes.")]
 Batch = Annotated[str | None, typer.Option(help="All sandboxes of one batch.")]
+OnHost = Annotated[str | None, typer.Option(help="All of one host that are not removed yet.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document, for programs.")]
 Host = Annotated[str | None, typer.Option(help="Name of this host; its queue is host.NAME.")]
 HostLabels = Annotated[
@@ -191,7 +193,9 @@ def demo() -> None:
 def show(container_id: Annotated[str, typer.Argument(metavar="ID")], as_json: Json = False) -> None:
     """Show one sandbox: spec, host, IP, and the timeline of its stages and undos."""
     with errors_for_humans():
-        row = Client(load_settings()).resolve([container_id])[0]
+        client = Client(load_settings())
+        row = client.resolve([container_id])[0]
+        explain(client.record, [row])
         if as_json:
             print_json(shown(row))
         else:
@@ -199,17 +203,6 @@ def show(container_id: Annotated[str, typer.Argument(metavar="ID")], as_json: Js
             if row["stages"]:
                 output.out.print()
                 output.out.print(render.timeline(row["stages"]))
-
-
-@app.command(epilog="Example: sandbatch hosts --json")
-def hosts(as_json: Json = False) -> None:
-    """List the hosts that live: their room, their heartbeat."""
-    with errors_for_humans():
-        rows = list(Client(load_settings()).record.live_hosts().values())
-        if as_json:
-            print_json(rows)
-        else:
-            output.out.print(render.hosts(rows))
 
 
 @app.command(epilog="Example: sandbatch wait --batch b-0123456789ab --for running --timeout 60")
@@ -268,6 +261,7 @@ def _print_codes(client: Client, ids: list[str]) -> int:
 def rm(
     ids: Ids = None,
     batch: Batch = None,
+    host: OnHost = None,
     everything: Annotated[bool, typer.Option("--all", help="All that are not removed yet.")] = False,
     force: Annotated[
         bool, typer.Option("-f", "--force", help="No error for ids that are not known.")
@@ -279,7 +273,7 @@ def rm(
 
     with errors_for_humans():
         client = Client(load_settings())
-        rows = _all_or_named(client, ids, batch, everything, unknown_ok=force)
+        rows = _all_or_named(client, ids, batch, everything, host=host, unknown_ok=force)
         remove(client.app(), client.record, rows)
         raise typer.Exit(until_gone(client, "rm", rows, no_wait=no_wait))
 
@@ -288,6 +282,7 @@ def rm(
 def stop(
     ids: Ids = None,
     batch: Batch = None,
+    host: OnHost = None,
     everything: Annotated[bool, typer.Option("--all", help="All that have not ended.")] = False,
     grace: Annotated[
         float | None,
@@ -303,7 +298,7 @@ def stop(
 
     with errors_for_humans():
         client = Client(load_settings())
-        rows = _all_or_named(client, ids, batch, everything)
+        rows = _all_or_named(client, ids, batch, everything, host=host)
         ask_to_stop(client.app(), client.record, rows, grace)
         raise typer.Exit(until_gone(client, "stop", rows, no_wait=no_wait))
 
@@ -314,13 +309,15 @@ def _all_or_named(
     batch: str | None,
     everything: bool,
     *,
+    host: str | None,
     unknown_ok: bool = False,
 ) -> list[dict[str, Any]]:
-    if not everything:
+    if not everything and host is None:
         return _named(client, ids, batch, unknown_ok=unknown_ok)
-    if ids or batch is not None:
-        raise BadInput("--all", "ids or --batch are given as well", "give one of the three")
-    return [row for row in client.select() if not row["removed"]]
+    if ids or batch is not None or (everything and host is not None):
+        option = "--all" if everything else f"--host {host}"
+        raise BadInput(option, "ids, --batch or another are given as well", "give one of them")
+    return [row for row in client.select(host=host) if not row["removed"]]
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ def table(*columns: str) -> "Table":
 def sandboxes(rows: list[dict[str, Any]]) -> str:
     """The table of `ls`, of the rows of `tasks.rows`, cut to the width of a terminal."""
     with_ports = ["PORTS"] if any(row["publish"] for row in rows) else []
-    header = ("ID", "STATE", "HOST", "IP", "NETWORK", *with_ports, "AGE", "COMMAND", "ERROR")
+    header = ("ID", "STATE", "HOST", "IP", "NETWORK", *with_ports, "AGE", "COMMAND", "WHY")
     now_s = datetime.now().timestamp()
     table = [
         (
@@ -62,8 +62,12 @@ def _command(row: dict[str, Any]) -> str:
 
 
 def _why(row: dict[str, Any]) -> str:
-    error = row["error"]
-    return f"{error['stage']}: {error['message']}" if error else ""
+    """Why it failed, why it waits, or what has become of it."""
+    if error := row["error"]:
+        return f"{error['stage']}: {error['message']}"
+    if row.get("why"):
+        return str(row["why"])
+    return f"replaced by {row['replaced_by']}" if row["replaced_by"] else ""
 
 
 def line(row: dict[str, Any]) -> str:
@@ -73,18 +77,34 @@ def line(row: dict[str, Any]) -> str:
 
 
 def hosts(rows: list[dict[str, Any]]) -> "Table":
-    made = table("HOST", "SANDBOXES", "CAPACITY", "SLOTS", "HEARTBEAT", "VERSION", "NETWORKS", "NOT READY")
+    names = ("HOST", "STATE", "HEARTBEAT", "SANDBOXES", "LAUNCHING", "MEMORY", "LOAD")
+    made = table(*names, "VERSION", "RUNSC", "LABELS", "NETWORKS", "NOTE")
     for row in rows:
-        numbers = (str(row[name]) for name in ("sandboxes", "capacity", "slots"))
+        drain = row.get("drained")
+        notes = ["drained" + (f": {drain['why']}" if drain["why"] else "")] if drain else []
         made.add_row(
             row["name"],
-            *numbers,
+            row["state"],
             age(row["heartbeat_at"]),
+            f"{row['sandboxes']}/{row['capacity']}",
+            f"{row.get('launching', '-')}/{row['slots']}",
+            _memory(row),
+            f"{row['load']:g}/{row['cpus']}" if "load" in row else "-",
             row["version"],
+            row.get("runsc") or "-",
+            ",".join(f"{name}={value}" for name, value in (row.get("labels") or {}).items()) or "-",
             ", ".join(row["networks"]),
-            row.get("not_ready") or "",
+            "; ".join([*notes, *filter(None, [row.get("not_ready")])]),
         )
     return made
+
+
+def _memory(row: dict[str, Any]) -> str:
+    """What its sandboxes ask for, of what they may have, in GiB."""
+    if not row.get("memory"):
+        return "-"
+    asked, budget = (f"{(row.get(name) or 0) / 2**30:.1f}" for name in ("memory_asked", "memory"))
+    return f"{asked}/{budget}g"
 
 
 def batches(rows: list[dict[str, Any]]) -> "Table":
@@ -113,6 +133,9 @@ def details(row: dict[str, Any]) -> "Table":
     shown = {
         "id": row["id"],
         "state": row["state"],
+        "why": row.get("why"),
+        "replaces": row["replaces"],
+        "replaced by": row["replaced_by"],
         "batch": row["batch"],
         "host": row["host"],
         "network": ", ".join(row["networks"]),
@@ -133,7 +156,7 @@ def details(row: dict[str, Any]) -> "Table":
         "ended by": row["reason"],
         "restarts": row["restarts"] or None,
         "log kept until": row["log_until"],
-        "error": _why(row),
+        "error": f"{row['error']['stage']}: {row['error']['message']}" if row["error"] else None,
     }
     for name, value in shown.items():
         if value not in (None, ""):

@@ -179,6 +179,8 @@ def run(
     with errors_for_humans():
         if reschedule and host is not None:
             raise BadInput("--reschedule", f"--host {host} leaves it no other host", "leave one of them out")
+        if reschedule and attach:
+            raise BadInput("--reschedule", "--attach follows one sandbox only", "leave one of them out")
         settings = load_settings()
         spec = make_spec(
             args=args or [],

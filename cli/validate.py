@@ -4,6 +4,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from tasks.host_record import LIVE
+from tasks.room import known_labels, unavailable
 from worker import capabilities, limits, names
 from worker.bundle import own_mounts
 from worker.cni_config import find_network
@@ -23,19 +25,45 @@ def validate(spec: Spec, hosts: dict[str, dict[str, Any]], settings: Settings) -
     themselves. Each host checks again.
 
     Args:
-        hosts: What the hosts with a heartbeat say of themselves, by name.
+        hosts: What is known of each host (`Record.all_hosts`), by name. One that is not up counts where
+            no other is left.
     Raises:
         BadInput: What is wrong, and what is known.
     """
     limits.check(spec)
-    if spec.host is not None and hosts and spec.host not in hosts:
-        raise BadInput(f"--host {spec.host}", "no such host", f"known: {', '.join(hosts)}")
+    if spec.host is not None and spec.host not in hosts:
+        raise BadInput(f"--host {spec.host}", "no such host", f"known: {', '.join(hosts) or 'none'}")
+    if spec.host is not None and spec.reschedule:
+        raise BadInput("--reschedule", f"--host {spec.host} leaves it no other host", "leave one of them out")
+    hosts = _with_labels(spec, hosts)
     wanted = [facts for name, facts in hosts.items() if spec.host in (None, name)]
+    wanted = [facts for facts in wanted if facts.get("state", LIVE) == LIVE] or wanted
     is_here = any(one["boot_id"] == boot_id() for one in wanted)
     if is_here or (not hosts and settings.is_broker_embedded):
         _check_here(spec, wanted, settings)
     elif wanted:
         _check_there(spec, wanted)
+
+
+def warnings(spec: Spec, hosts: dict[str, dict[str, Any]]) -> list[str]:
+    """What the user should know of a spec that is right: the only hosts for it take nothing now."""
+    if spec.host is None and not spec.on:
+        return []
+    wanted = [facts for name, facts in _with_labels(spec, hosts).items() if spec.host in (None, name)]
+    away = [words for facts in wanted if (words := unavailable(facts))]
+    if not away or len(away) < len(wanted):
+        return []
+    return [f"it waits as queued: {', '.join(away)}"]
+
+
+def _with_labels(spec: Spec, hosts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The hosts that have the labels which the spec asks for; all where it asks for none."""
+    wanted = spec.on.items()
+    found = {name: facts for name, facts in hosts.items() if wanted <= (facts.get("labels") or {}).items()}
+    if not found and wanted:
+        words = ", ".join(f"{name}={value}" for name, value in wanted)
+        raise BadInput(f"--on {words}", "no host has these labels", f"known: {known_labels(hosts.values())}")
+    return found
 
 
 def _check_here(spec: Spec, hosts: list[dict[str, Any]], settings: Settings) -> None:

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import platform
 import secrets
 import signal
 import threading
@@ -13,29 +12,26 @@ import redis
 from celery import bootsteps
 from kombu.exceptions import KombuError
 
-from tasks import workflow
+from tasks import drains, workflow
 from tasks.app import settings
 from tasks.connection import connect
 from tasks.host_calls import make_service
+from tasks.host_facts import host_facts
 from tasks.host_record import HEARTBEAT_S
 from tasks.messages import Order
-from tasks.puller import Puller, no_room
+from tasks.puller import Puller
 from tasks.record import Record
 from tasks.room import offer
 from tasks.sweeper import sweep_fleet, sweep_host
 from worker import journal as journals
 from worker import logs, reconcile
-from worker.capabilities import advertised
-from worker.cni_config import list_networks
 from worker.egress_guard import Guard
 from worker.errors import SandbatchError
-from worker.journal import boot_id
 from worker.keeper import Keeper
 from worker.launch import begin_waiting
 from worker.settings import Settings
 
 log = logging.getLogger("sandbatch")
-VERSION = "0.1.0"
 
 
 class HostStep(bootsteps.StartStopStep):
@@ -56,7 +52,14 @@ class HostStep(bootsteps.StartStopStep):
         self._later = reconcile.Later(self._settings)
         self._guard = Guard(self._settings)
         puller_record = Record(connect(self._settings, patient=True))  # it blocks on this connection
-        self._puller = Puller(workflow.app, puller_record, self._settings, lambda: offer(self._settings))
+
+        def room() -> dict[str, Any]:
+            drains.settle(
+                puller_record, self._settings
+            )  # the broker may have lost it since the last heartbeat
+            return offer(self._settings)
+
+        self._puller = Puller(workflow.app, puller_record, self._settings, room)
         self._keeper = Keeper(self._settings, workflow.this_host(), Messages())
         self._keeper.start()
         self._calls = make_service(self._settings)
@@ -80,8 +83,7 @@ class HostStep(bootsteps.StartStopStep):
         due_s = 0.0
         while not self._stop.is_set():
             try:
-                self._beat()
-                if due_s <= 0:
+                if self._beat() or due_s <= 0:
                     self._reconcile()
                     due_s = self._settings.reconcile_s
                     self._puller.start()  # what the worker before has left comes first
@@ -94,17 +96,22 @@ class HostStep(bootsteps.StartStopStep):
             due_s -= pause_s
             self._stop.wait(pause_s)
 
-    def _beat(self) -> None:
+    def _beat(self) -> bool:
+        """Say that this host lives; True if it was taken for lost until now, and must look at once."""
         host = self._settings.host
         if not self._record.take_name(host, self._owner):
             log.error("host %s: another machine has taken this name; stopping. Give this one another", host)
             os.kill(os.getpid(), signal.SIGTERM)
             self._stop.set()
-            return
-        life = self._record.heartbeat(host, host_facts(self._settings))
+            return False
+        was_lost = not self._record.is_live(host)
+        drain = drains.settle(self._record, self._settings)
+        facts = {**host_facts(self._settings), "drained": drain if drain and drain["drained"] else None}
+        life = self._record.heartbeat(host, facts)
         if life != self._broker_life:
             self._later.forget_reports()  # it may have lost what it knew
             self._broker_life = life
+        return was_lost
 
     def _reconcile(self) -> None:
         logs.prune(self._settings, time.time())
@@ -156,27 +163,6 @@ class Messages:
     def stop(self, container_id: str, attempt: int, reason: str) -> None:
         order = Order(container_id=container_id, attempt=attempt)
         workflow.step("stop", order, reason=reason).apply_async()
-
-
-def host_facts(current: Settings) -> dict[str, Any]:
-    """What clients may know of this host: room, versions, networks, allowed folders."""
-    networks, broken = list_networks((current.own_cni_conf_dir, current.cni_conf_dir))
-    journal_count = sum(1 for _ in current.sandboxes_dir.iterdir()) if current.sandboxes_dir.is_dir() else 0
-    return {
-        "version": VERSION,
-        "capacity": current.capacity,
-        "sandboxes": journal_count,
-        "slots": current.slots,
-        "networks": sorted(networks),
-        "capabilities": {name: sorted(advertised(one)) for name, one in networks.items()},
-        "broken_networks": [str(error) for error in broken],
-        "rootfs_allow": [str(path) for path in current.rootfs_allow],
-        "mount_allow": [str(path) for path in current.mount_allow],
-        "kernel": platform.release(),
-        "not_ready": no_room(current),
-        "pulls": True,  # release 0.1.0 waits for messages instead
-        "boot_id": boot_id(),  # so that a client knows whether a host is its own machine
-    }
 
 
 def host_owner(current: Settings) -> str:

@@ -12,6 +12,7 @@ OPEN = PREFIX + "open"  # sorted set: batch whose submission is under way, by ti
 BROKEN_BATCHES = PREFIX + "broken"  # set: batches to be cancelled by their own rule
 DRAINS = PREFIX + "drains"  # hash: host -> the wish that it takes no work
 HOSTS = PREFIX + "hosts"
+LAST_HOSTS = PREFIX + "hosts:last"  # hash: host -> what it said last; "left" once it has stopped cleanly
 EPOCH = PREFIX + "epoch"  # whoever finds none makes one: it goes with the broker's data
 SWEEPER = PREFIX + "sweeper"
 CHUNK = 1000  # commands in one pipeline, ids in one script: the broker does nothing else for milliseconds

@@ -186,10 +186,11 @@ def _networks(spec: Spec) -> str:
 
 def needs_of(spec: Spec) -> dict[str, str]:
     """What script TAKE must know of a sandbox, and a table without reading its spec."""
-    return {
+    needs = {
         "line": line_of(spec),
         "queue": where(spec),
         "memory": str(spec.memory_bytes or 0),  # 0: as much as its host counts for such a one
         "nets": _networks(spec),
         "command": " ".join(spec.args)[:COMMAND_KEPT],
     }
+    return {**needs, "reschedule": "1"} if spec.reschedule else needs

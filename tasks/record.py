@@ -44,6 +44,7 @@ class Wish:
     attempt: int
     is_removed: bool
     is_cancelled: bool
+    is_replaced: bool  # another is launched in its place
     placed_at_s: float
     stop_grace_s: float | None  # None: nobody has asked it to stop
 
@@ -167,14 +168,19 @@ class Record(Lines, Hosts):
         return (state, host or "", int(attempt or 1)) if state else None
 
     def is_wanted(self, container_id: str) -> bool:
-        """False once somebody has removed it, or it has ended."""
-        state, *marks = self.client.hmget(sandbox_key(container_id), ["state", "removed", "cancel"])
-        return state is not None and state not in TERMINAL and "1" not in marks
+        """False once somebody has removed it, or it has ended, or another is launched in its place."""
+        fields = ["state", "removed", "cancel", "replaced_by"]
+        state, *marks = self.client.hmget(sandbox_key(container_id), fields)
+        return state is not None and state not in TERMINAL and not any(marks)
 
     def get(self, container_id: str) -> dict[str, Any] | None:
         """One sandbox in the shape of `--json` (CLI.md); None if there is no record."""
         raw = cast("dict[str, str]", self.client.hgetall(sandbox_key(container_id)))
-        return shape(raw) if raw.get("state") else None
+        if not raw.get("state"):
+            return None
+        row = shape(raw)
+        self.mark_unknown([row])
+        return row
 
     def get_all(self, ids: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """All sandboxes, or those of `ids`, oldest first; the index forgets records that have expired."""
@@ -192,6 +198,7 @@ class Record(Lines, Hosts):
                     gone.append(container_id)
         if gone and ids is None:
             self.client.zrem(SANDBOXES, *gone)
+        self.mark_unknown(found)
         return found
 
     def ids(self) -> list[str]:
@@ -209,12 +216,11 @@ class Record(Lines, Hosts):
         ids = sorted(cast("set[str]", self.client.smembers(host_key(host) + ":sandboxes")))
         pipe = self.client.pipeline(transaction=False)
         for container_id in ids:
-            pipe.hmget(
-                sandbox_key(container_id), ["state", "attempt", "removed", "cancel", "placed_at", "stop"]
-            )
+            fields = ["state", "attempt", "removed", "cancel", "replaced_by", "placed_at", "stop"]
+            pipe.hmget(sandbox_key(container_id), fields)
         found = []
         for container_id, answer in zip(ids, pipe.execute(), strict=True):
-            state, attempt, removed, cancelled, placed_at, stop = answer
+            state, attempt, removed, cancelled, successor, placed_at, stop = answer
             if state is None or state in TERMINAL:
                 self.client.srem(host_key(host) + ":sandboxes", container_id)
                 self.client.hdel(host_key(host) + ":memory", container_id)
@@ -226,11 +232,19 @@ class Record(Lines, Hosts):
                     int(attempt),
                     is_removed=removed == "1",
                     is_cancelled=cancelled == "1",
+                    is_replaced=bool(successor),
                     placed_at_s=seconds(placed_at) if placed_at else 0.0,
                     stop_grace_s=float(stop) if stop else None,
                 )
             )
         return found
+
+    def ended(self, ids: Sequence[str]) -> list[str]:
+        """Those of `ids` whose records say that they have ended."""
+        pipe = self.client.pipeline(transaction=False)
+        for container_id in ids:
+            pipe.hget(sandbox_key(container_id), "state")
+        return [one for one, state in zip(ids, pipe.execute(), strict=True) if state in TERMINAL]
 
     def may_sweep(self, period_s: float) -> bool:
         """True for one worker of the fleet in each period."""

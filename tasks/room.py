@@ -53,6 +53,12 @@ def need_of(row: Mapping[str, Any]) -> Need:
     return Need(host, pairs, tuple(row["networks"]), int(memory or MEMORY_PER_SANDBOX))
 
 
+def unavailable(facts: Facts) -> str:
+    """`host a is lost since …`: why a host takes nothing at all until somebody acts; empty if it does."""
+    kind, words = _not_now(Need(None, (), (), 0), facts)
+    return f"host {facts['name']} {words}" if kind in ("away", "drained") else ""
+
+
 def misfit(need: Need, facts: Facts) -> str:
     """Why a host, as it speaks of itself, cannot take such a sandbox now; empty if it can."""
     return _never(need, facts) or _not_now(need, facts)[1]

@@ -15,7 +15,7 @@ from tasks.record import Record
 Row = dict[str, Any]
 FIELDS = (
     *("id", "batch", "state", "stage", "host", "ip", "created_at", "exit_code", "error", "removed"),
-    *("publish", "queue", "nets", "memory", "command"),
+    *("publish", "queue", "nets", "memory", "command", "held", "replaced_by"),
 )
 STATE = FIELDS.index("state")
 
@@ -41,6 +41,7 @@ def read(record: Record, ids: Sequence[str] | None = None, *, with_labels: bool 
         gone = [one for one, fields in zip(wanted, answers, strict=True) if not fields[STATE]]
         record.client.zrem(SANDBOXES, *gone)
     _fill_in(record, [row for row in rows if with_labels or row["command"] is None])
+    record.mark_unknown(rows)
     return rows
 
 
@@ -56,6 +57,7 @@ def _row(fields: list[str | None]) -> Row:
     row["exit_code"] = int(row["exit_code"]) if row["exit_code"] else None
     row["error"] = json.loads(row["error"]) if row["error"] else None
     row["removed"] = row["removed"] == "1"
+    row["held"] = row["held"] == "1"
     row["publish"] = json.loads(row["publish"]) if row["publish"] else []
     row["networks"] = row["nets"].split(",") if row["nets"] else []
     row["memory"] = int(row["memory"]) if row["memory"] else None

@@ -319,11 +319,3 @@ MARK = f"""
 local key = '{PREFIX}sb:' .. ARGV[1]
 if redis.call('EXISTS', key) == 1 then redis.call('HSET', key, ARGV[2], ARGV[3]) end
 """
-
-# KEYS: owner of a host's name.  ARGV: owner, seconds.
-NAME = """
-local owner = redis.call('GET', KEYS[1])
-if owner and owner ~= ARGV[1] then return 0 end
-redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])
-return 1
-"""

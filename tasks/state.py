@@ -19,6 +19,8 @@ class State(StrEnum):
     CANCELLED = "cancelled"  # removed before it ran; nothing is left
 
 
+UNKNOWN = "unknown"  # no state of a record: shown where its host is lost, which alone knows
+
 TERMINAL = frozenset({State.EXITED, State.FAILED, State.CANCELLED})
 
 _ENDING = {State.STUCK, State.STOPPING, State.UNDOING, *TERMINAL}

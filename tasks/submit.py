@@ -119,10 +119,18 @@ def _has_log(sandbox: dict[str, Any]) -> bool:
 
 
 def publish_unwind(
-    app: Celery, container_id: str, attempt: int, host: str, final: str, *, forget: bool = False
+    app: Celery,
+    container_id: str,
+    attempt: int,
+    host: str,
+    final: str,
+    *,
+    forget: bool = False,
+    reason: str = "",
 ) -> None:
     """Publish the undo of whatever the sandbox holds on `host`; harmless to repeat."""
-    _publish(app, "unwind", container_id, attempt, host, final=final, forget=forget)
+    more = {"reason": reason} if reason else {}  # a host of release 0.1.0 knows no such argument
+    _publish(app, "unwind", container_id, attempt, host, final=final, forget=forget, **more)
 
 
 def publish_stop(app: Celery, container_id: str, attempt: int, host: str, grace_s: float) -> None:

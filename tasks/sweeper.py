@@ -9,6 +9,7 @@ from pathlib import Path
 
 from celery import Celery
 
+from tasks.lost import sweep_lost
 from tasks.record import Record, Wish
 from tasks.state import State
 from tasks.submit import cancel, publish_place, publish_stop, publish_unwind
@@ -25,7 +26,9 @@ def sweep_host(app: Celery, record: Record, host: str, sandboxes_dir: Path, *, i
 
     `is_first`: before this worker took any message, so that what has no journal is not on its way.
     """
+    here = {path.parent.name for path in sandboxes_dir.glob(f"sb-*/{journal.FILE}")}
     for wish in record.wishes_on(host):
+        here.discard(wish.container_id)
         folder = sandboxes_dir / wish.container_id
         if not (folder / journal.FILE).exists():
             aside = journal.set_aside_files(folder)
@@ -35,10 +38,14 @@ def sweep_host(app: Celery, record: Record, host: str, sandboxes_dir: Path, *, i
                     words = f"journal unreadable: {aside[0].name}; sandbatch audit --mend undoes it"
                 error = json.dumps({"stage": "place", "message": words})
                 record.put(wish.container_id, State.FAILED, wish.attempt, {"error": error})
+            elif wish.is_replaced:
+                record.put(wish.container_id, State.CANCELLED, wish.attempt, {"reason": "rescheduled"})
             elif is_first or time.time() - wish.placed_at_s > LOST_S:
                 publish_place(app, [(wish.container_id, wish.attempt, host)])
-        elif wish.is_removed or wish.is_cancelled or wish.stop_grace_s is not None:
+        elif wish.is_removed or wish.is_cancelled or wish.is_replaced or wish.stop_grace_s is not None:
             _ask_again(app, host, folder, wish)
+    for container_id in record.ended(sorted(here)):
+        _undo_what_is_over(app, host, sandboxes_dir / container_id)
 
 
 def _ask_again(app: Celery, host: str, folder: Path, wish: Wish) -> None:
@@ -51,10 +58,22 @@ def _ask_again(app: Celery, host: str, folder: Path, wish: Wish) -> None:
         return
     if wish.is_removed:
         publish_unwind(app, known.container_id, known.attempt, host, State.EXITED, forget=True)
+    elif wish.is_replaced:
+        publish_unwind(app, known.container_id, known.attempt, host, State.CANCELLED, reason="rescheduled")
     elif wish.is_cancelled:
         publish_unwind(app, known.container_id, known.attempt, host, State.CANCELLED)
     elif wish.stop_grace_s is not None and not known.facts.get("stop"):
         publish_stop(app, known.container_id, known.attempt, host, wish.stop_grace_s)
+
+
+def _undo_what_is_over(app: Celery, host: str, folder: Path) -> None:
+    """What somebody has ended in the record while this host was lost, and forgotten."""
+    try:
+        known = journal.read(folder)
+    except JournalError:
+        return  # as above
+    if not known.final and not known.is_unwinding:
+        publish_unwind(app, known.container_id, known.attempt, host, State.CANCELLED, reason="lost")
 
 
 def sweep_fleet(app: Celery, record: Record) -> None:
@@ -67,6 +86,7 @@ def sweep_fleet(app: Celery, record: Record) -> None:
         fields = {"error": error, "reason": "deadline"}
         record.put(container_id, State.FAILED, attempt, fields, only_from=State.QUEUED)
     record.offer_again(LOST_S)
+    sweep_lost(record)
     for batch in record.open_batches(OPEN_S):
         record.close_batch(batch)
     for batch in record.broken_batches():

@@ -77,6 +77,9 @@ def shape(raw: dict[str, str]) -> dict[str, Any]:
         "error": json.loads(raw["error"]) if raw.get("error") else None,
         "log_until": raw.get("log_until"),
         "removed": raw.get("removed") == "1",
+        "held": raw.get("held") == "1",  # by its batch
+        "replaces": raw.get("replaces"),  # the sandbox of a lost host that this one was launched for
+        "replaced_by": raw.get("replaced_by"),
         "stages": stages,
         "spec": spec,
     }

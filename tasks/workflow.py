@@ -270,10 +270,16 @@ def stop(self: "Task[Any, Any]", message: dict[str, Any], reason: str, grace_s: 
 
 
 @app.task(name="sandbatch.unwind", bind=True, max_retries=None)
-def unwind(self: "Task[Any, Any]", message: dict[str, Any], final: str, forget: bool = False) -> None:
+def unwind(
+    self: "Task[Any, Any]",
+    message: dict[str, Any],
+    final: str,
+    forget: bool = False,
+    reason: str = "cancel",
+) -> None:
     """Turn a sandbox towards its end and publish the undos; the errback of a launch, and `rm`.
 
-    `forget`: its log as well.
+    `forget`: its log as well. `reason`: of one that is cancelled.
     """
     order = read_order(message)
     try:
@@ -283,7 +289,7 @@ def unwind(self: "Task[Any, Any]", message: dict[str, Any], final: str, forget: 
             if forget and not journal.facts.get("forget"):
                 journal.set_facts(forget=True, **({} if journal.is_unwinding else {"reason": "rm"}))
             if final == State.CANCELLED and not journal.is_unwinding:
-                journal.set_facts(reason="cancel")
+                journal.set_facts(reason=reason)
             want_end(journal, final, _first_error(journal) if final == State.FAILED else None)
             _begin_undo(journal)
     except JournalError:

@@ -312,7 +312,7 @@ def test_a_program_ends_as_a_call_does(cli, tmp_path):
 def test_ls_without_sandboxes_is_an_empty_table(cli):
     done = cli("ls")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.split() == ["ID", "STATE", "HOST", "IP", "NETWORK", "AGE", "COMMAND", "ERROR"]
+    assert done.stdout.split() == ["ID", "STATE", "HOST", "IP", "NETWORK", "AGE", "COMMAND", "WHY"]
     assert cli.json("ls") == []
 
 
@@ -418,7 +418,7 @@ def test_hosts(cli, heartbeat):
     assert [row["name"] for row in rows] == ["h1", "h2"]
     assert {"capacity", "slots", "sandboxes", "heartbeat_at", "networks", "version"} <= set(rows[0])
     lines = cli("hosts").stdout.splitlines()
-    assert lines[1].split()[:4] == ["h1", "0", "10", "4"]
+    assert lines[1].split()[:4] == ["h1", "live", "0s", "0/10"]
     assert "one, two" in lines[1]
 
 

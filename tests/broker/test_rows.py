@@ -100,7 +100,7 @@ def test_a_selection_is_the_same_in_full_and_lightly(three: Record, broker: Sett
 def test_the_table_has_a_line_for_each(three: Record, cli: CommandLine) -> None:
     lines = cli("ls").stdout.splitlines()
 
-    assert lines[0].split() == ["ID", "STATE", "HOST", "IP", "NETWORK", "PORTS", "AGE", "COMMAND", "ERROR"]
+    assert lines[0].split() == ["ID", "STATE", "HOST", "IP", "NETWORK", "PORTS", "AGE", "COMMAND", "WHY"]
     assert lines[1].split()[:6] == [A, "queued", "h1", "-", "n1,n2", "-"]
     assert lines[2].split()[:6] == [B, "running", "h1", "10.0.0.2", "n1,n2", "8080->80/tcp"]
     assert lines[3].endswith("netns: no room")
