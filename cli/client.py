@@ -125,20 +125,20 @@ class Client:
         """
         mark = self.record.last_event()  # before the look: nothing between the two is missed
         away = Away(self.record, follows=goal != "gone")
-        states = {row["id"]: row["state"] for row in self.record.get_all(ids)}
-        away.look(states)
+        states = away.begin(ids)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         on_change(states)
         while not all(has_reached(state, goal) for state in states.values()):
             left_s = FOLLOW_S if deadline is None else min(FOLLOW_S, deadline - time.monotonic())
             if left_s <= 0:
                 break
-            changed = away.look(states)
+            changed = False
             for entry, event in self.record.follow(mark, left_s):
                 mark = entry
                 if event["id"] in states:
                     states[event["id"]] = event["state"]
                     changed = True
+            changed |= away.look(states)
             if changed:
                 on_change(states)
         return states

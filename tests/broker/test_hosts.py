@@ -259,8 +259,9 @@ def test_a_wait_says_for_which_host_it_waits(cli, on_h1, client):
 def test_a_wait_sees_the_host_return_though_no_state_has_moved(on_h1, client, heartbeat, monkeypatch, capsys):
     """The host reports what was recorded before: that is no event."""
     monkeypatch.setattr("cli.away.LOOK_S", 0)
-    away, states = Away(on_h1, follows=True), {A: "running", B: "placed"}
-    assert not away.look(states)
+    away = Away(on_h1, follows=True)
+    states = away.begin([A, B])
+    assert states == {A: "running", B: "placed"}
     silence(client, "h1")
     assert away.look(states)
     assert states == {A: "unknown", B: "unknown"}

@@ -203,7 +203,8 @@ def test_the_host_undoes_what_was_forgotten_with_it(record, on_h1, client, heart
 
 def test_a_wait_goes_on_with_the_new_one(record, on_h1, client, capsys, monkeypatch):
     monkeypatch.setattr("cli.away.LOOK_S", 0)
-    away, states = Away(record, follows=True), {on_h1[0]: "running", on_h1[2]: "running"}
+    away = Away(record, follows=True)
+    states = away.begin([on_h1[0], on_h1[2]])
     silence(client, "h1")
     away.look(states)
     assert states == {on_h1[0]: "unknown", on_h1[2]: "unknown"}
@@ -212,6 +213,23 @@ def test_a_wait_goes_on_with_the_new_one(record, on_h1, client, capsys, monkeypa
     first = successors(record, on_h1)[0]
     assert states == {on_h1[2]: "unknown", first: "queued"}
     assert f"{first} is launched in its place" in capsys.readouterr().err
+
+
+def test_a_wait_goes_on_with_the_new_one_though_the_old_has_ended(record, on_h1, client, heartbeat):
+    """The host is back before the next look, and what it undoes at once has an event."""
+    away, late = Away(record, follows=True), Away(record, follows=True)
+    silence(client, "h1")
+    states = away.begin([on_h1[0]])
+    assert states == {on_h1[0]: "unknown"}
+    sweep(record)
+    heartbeat("h1", pulls=True)
+    record.put(on_h1[0], State.CANCELLED, 1, {})
+    states[on_h1[0]] = "cancelled"  # as the event says
+    away.look(states)
+    first = successors(record, on_h1)[0]
+    assert states == {first: "queued"}
+    assert late.begin([on_h1[0]]) == {first: "queued"}
+    assert Away(record, follows=False).begin([on_h1[0]]) == {on_h1[0]: "cancelled"}
 
 
 def test_ls_and_show_say_what_became_of_it(cli, record, on_h1, client):
