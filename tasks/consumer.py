@@ -1,9 +1,12 @@
 """Start this host's Celery worker: one a host, and whatever a dead one left is taken up first."""
 
 import ctypes
+import gc as garbage
 import logging
 import os
 import signal
+import socket
+import sys
 import warnings
 from typing import Any
 
@@ -13,6 +16,7 @@ from celery.signals import (
     before_task_publish,
     task_postrun,
     task_prerun,
+    worker_before_create_process,
     worker_process_init,
 )
 
@@ -80,18 +84,18 @@ def run_worker(*, log_level: str = "INFO") -> None:
     workflow.this_host()  # the probe runs here once, not in each child
     host_rootfs(current)  # and so does the look at the host's /etc
     stages.prune_rootfs(current)
-    workflow.app.worker_main(
-        [
-            "worker",
-            f"--hostname={current.host}@%h",
-            f"--queues=launch,host.{current.host}",
-            f"--concurrency={current.slots}",
-            "--pool=prefork",
-            "--without-gossip",
-            "--without-mingle",
-            f"--loglevel={log_level}",
-        ]
+    # Not by `worker_main`: Celery's command line brings prompt_toolkit, Flower and Tornado, 14 MB a worker.
+    worker = workflow.app.Worker(
+        hostname=f"{current.host}@{socket.gethostname()}",
+        queues=["launch", f"host.{current.host}"],
+        concurrency=current.slots,
+        pool_cls="prefork",
+        without_gossip=True,
+        without_mingle=True,
+        loglevel=log_level,
     )
+    worker.start()
+    sys.exit(worker.exitcode)
 
 
 def take_back_messages() -> int:
@@ -128,6 +132,14 @@ def _before_run(task: Any, **_: Any) -> None:
 @task_postrun.connect
 def _after_run(task: Any, **_: Any) -> None:
     faults.point(f"message.{task.name.removeprefix('sandbatch.')}.run.after")
+
+
+@worker_before_create_process.connect
+def share_memory(**_: Any) -> None:
+    """Let the pool's processes share what is loaded: a collection writes to every object that it looks at."""
+    if not garbage.get_freeze_count():
+        garbage.collect()
+        garbage.freeze()
 
 
 @worker_process_init.connect

@@ -2,7 +2,9 @@
 
 import json
 import urllib.request
+from pathlib import Path
 
+from bench.memory import measure
 from tests.host.system import SERVER, System
 
 
@@ -119,3 +121,13 @@ def test_the_tutorials_two_files_work_unchanged(clean_system: System):
     ip = clean_system.show(container_id)["ip"]
     assert urllib.request.urlopen(f"http://{ip}:8000/", timeout=5).read() == b"Hello World!\n"
     assert clean_system.audit() == []
+
+
+def test_the_processes_of_a_worker_share_what_they_have_loaded(clean_system: System):
+    """Else each pool process has a copy of its own, and a host with many slots pays for many Pythons."""
+    main, *pool = measure(clean_system.worker_pid(), ("worker", "pool"))
+    assert {one.kind for one in pool} == {"pool"}
+    for one in pool:
+        assert one.private < main.rss / 3, f"{one.private >> 20} MiB of {main.rss >> 20} MiB are its own"
+    loaded = Path(f"/proc/{main.pid}/maps").read_text()
+    assert "tornado" not in loaded, "the command line of Celery comes with all of Flower"
