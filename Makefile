@@ -6,7 +6,7 @@ SOURCES := worker tasks cli tests bench
 export DEBIAN_FRONTEND := noninteractive
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint storm fleet bench clean host test-host
+.PHONY: demo test lint storm fleet bench bench-podman bench-scale clean host test-host
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -43,7 +43,16 @@ fleet: $(VENV)/.dev test-host
 	@$(BIN)/python -m tests.hosts --hosts $(HOSTS)
 
 bench: $(VENV)/.dev host
-	$(BIN)/python bench/launch.py
+	$(BIN)/python -m bench.launch
+
+# The same launches by podman; and LIVE sandboxes over four hosts of this machine, SPECS in the queue.
+bench-podman: $(VENV)/.dev test-host
+	$(BIN)/python -m bench.podman
+
+LIVE ?= 1000
+SPECS ?= 10000
+bench-scale: $(VENV)/.dev test-host
+	$(BIN)/python -m bench.scale --live $(LIVE) --specs $(SPECS)
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \

@@ -53,7 +53,7 @@ def enter_own_namespaces() -> None:
             raise HostNotReady(program, "not on the PATH", "run sandbatch setup")
     os.environ[INSIDE] = "1"
     outer = ["unshare", "--net", "--mount", "--propagation", "slave", "--"]
-    os.execvp(outer[0], [*outer, "tini", "-s", "--", sys.executable, *sys.argv])  # noqa: S606 - no shell
+    os.execvp(outer[0], [*outer, "tini", "-s", "--", sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - no shell
 
 
 def say(words: str) -> None:
@@ -88,6 +88,12 @@ class Ground:
         names = ("broker_url", "host", "slots", "capacity", "network", "cni_conf_dir", "cni_cache_dir")
         mine = {name: str(getattr(settings, name)) for name in (*names, "state_dir", "run_dir")}
         return {**os.environ, **{f"SANDBATCH_{name.upper()}": value for name, value in mine.items()}}
+
+    def folder(self, name: str) -> Path:
+        """A folder more, which goes with the others."""
+        made = self._disk / name
+        made.mkdir()
+        return made
 
     def clear(self, host: Host) -> list[Finding]:
         """End what a run that broke off has left of our half, and look whether anything remains.

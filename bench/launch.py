@@ -1,6 +1,6 @@
 """How fast sandboxes come up and go down, through the whole system and without it.
 
-    python bench/launch.py -n 24 -p 4 [--rounds 3] [--bare] [--json]
+    python -m bench.launch -n 24 -p 4 [--rounds 3] [--bare] [--json]
 
 A round launches N sandboxes, P at a time, each until it answers HTTP 200, then takes them down, P at
 a time; once as `ours` (broker, worker, record, journal) and once as `bare` (the same stages in P
@@ -22,13 +22,13 @@ from typing import Annotated, Any
 
 import redis
 import typer
-from ground import Ground, enter_own_namespaces, say
-from halves import Bare, Ours, Row
 from kombu.exceptions import OperationalError
-from meter import Meter
 from rich.console import Console
 from rich.table import Table
 
+from bench.ground import Ground, enter_own_namespaces, say
+from bench.halves import Bare, Ours, Row
+from bench.meter import Meter
 from worker.doctor import check_host
 from worker.errors import SandbatchError
 from worker.probe_runsc import probe
@@ -127,7 +127,7 @@ def _measure(
     OUT.mkdir(exist_ok=True)
     path = OUT / f"launch-{time.strftime('%Y%m%dT%H%M%S')}-{ground.name[-8:]}.jsonl"
     hosts: list[Host] = []
-    with _interrupts() as quiet:
+    with interrupts() as quiet:
         try:
             check_host(ground.ours)
             found = probe(ground.ours)
@@ -187,7 +187,7 @@ def _lap(half: Ours | Bare, number: int, count: int, meter: Meter) -> Lap:
 
 
 @contextlib.contextmanager
-def _interrupts() -> Iterator[Callable[[], None]]:
+def interrupts() -> Iterator[Callable[[], None]]:
     """SIGTERM ends us as Ctrl-C does; after `quiet()` neither disturbs the clearing up."""
 
     def interrupt(*_: object) -> None:

@@ -43,8 +43,8 @@ def new_traces() -> Iterator[Any]:
 
 
 def start(*args: str) -> "subprocess.Popen[str]":
-    argv = [sys.executable, str(ROOT / "bench" / "launch.py"), *args]
-    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    argv = [sys.executable, "-m", "bench.launch", *args]
+    return subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_one_run_gives_every_figure_of_both_halves_and_leaves_nothing(new_traces: Any) -> None:
