@@ -79,6 +79,7 @@ def test_a_file_with_bad_specs_enqueues_nothing_and_names_every_line(
     [
         ("- {command: x, network: moon}\n", "line 7: network moon: no"),
         ("  host: nowhere\n", "line 7: host nowhere: no such host; known: here"),
+        ("  on: {gpu: true}\n", "line 7: on gpu=true: no host has these labels; known: "),
         ("  publish: [80]\n", "network mynet: publishes no ports"),
         (
             "  memory: 1m\n",
