@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import typer
 
 from cli import report
+from cli.away import Away
 from cli.client import FOLLOW_S, Client, has_reached
 from cli.output import say
-from tasks import rows as light
 from tasks.state import TERMINAL, State
 from worker.settings import Settings
 
@@ -41,14 +41,28 @@ class Progress:
     def __init__(self, name: str, goal: str, states: dict[str, str], *, is_counted: bool) -> None:
         self.name, self.goal, self.states = name, goal, states
         self.is_counted = is_counted  # its outcome will be told; those of release 0.1.0 have none
-        self.counts = Counter(map(_word, states.values()))
-        self.reached = sum(has_reached(one, goal) for one in states.values())
+        self.replaced: set[str] = set()
         self.outcome: str | None = None
+        self.count()
         self.pace = deque([(time.monotonic(), self.reached)])
+
+    def count(self) -> None:
+        """Count the states from the beginning."""
+        self.counts = Counter(map(_word, self.states.values()))
+        self.reached = sum(has_reached(one, self.goal) for one in self.states.values())
+
+    def look(self, away: Away) -> bool:
+        """Take in what the silence of hosts, and their return, mean; False if that changes nothing."""
+        before = set(self.states)
+        if not away.look(self.states):
+            return False
+        self.replaced |= before - set(self.states)
+        self.count()
+        return True
 
     def hear(self, event: dict[str, str]) -> bool:
         """Take an event in; False if it is of no interest."""
-        if event["batch"] != self.name:
+        if event["batch"] != self.name or event["id"] in self.replaced:
             return False
         if not event["id"]:
             self.outcome = event["state"]
@@ -98,8 +112,8 @@ def follow(client: Client, name: str, goal: str, timeout_s: float | None) -> Pro
     mark = client.record.last_event()  # before the look: nothing between the two is missed
     batch = client.record.batch(name)
     ids = client.record.batch_ids(name)
-    rows = light.read(client.record, ids) if ids else client.rows(batch=name)
-    states = {row["id"]: row["state"] for row in rows}
+    away = Away(client.record, follows=True)
+    states = away.begin(ids or [row["id"] for row in client.rows(batch=name)])
     progress = Progress(name, goal, states, is_counted=batch is not None)
     progress.outcome = batch["outcome"] if batch else None
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
@@ -113,6 +127,7 @@ def follow(client: Client, name: str, goal: str, timeout_s: float | None) -> Pro
             for entry, event in client.record.follow(mark, left_s):
                 mark = entry
                 changed = progress.hear(event) or changed
+            changed = progress.look(away) or changed
             show(changed)
     return progress
 

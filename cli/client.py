@@ -31,6 +31,8 @@ class Client:
         connection = connect(settings)
         check(connection, settings)
         self.record = Record(connection)
+        self._hosts: dict[str, dict[str, Any]] | None = None
+        self._warned: set[str] = set()
 
     def app(self) -> "Celery":
         """A Celery app that only sends; without a result backend it subscribes to nothing."""
@@ -99,10 +101,13 @@ class Client:
         """Refuse what no host can do, before anything is enqueued (`cli.validate`)."""
         from cli.validate import validate, warnings
 
-        hosts = self.record.all_hosts()
-        validate(spec, hosts, self.settings)
-        for words in warnings(spec, hosts):
-            say(words)
+        if self._hosts is None:  # once: a file may have a thousand different specs
+            self._hosts = self.record.all_hosts()
+        validate(spec, self._hosts, self.settings)
+        for words in warnings(spec, self._hosts):
+            if words not in self._warned:
+                self._warned.add(words)
+                say(words)
 
     def next_change(self, mark: str) -> str:
         """Wait until something changes after `mark` of the stream; the new mark."""

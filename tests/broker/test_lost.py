@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from cli.away import Away
+from cli.batch_wait import Progress
 from tasks.batch import BatchPlan
 from tasks.connection import connect
 from tasks.lost import MISSED_SWEEPS, forget_host, sweep_lost
@@ -230,6 +231,31 @@ def test_a_wait_goes_on_with_the_new_one_though_the_old_has_ended(record, on_h1,
     assert states == {first: "queued"}
     assert late.begin([on_h1[0]]) == {first: "queued"}
     assert Away(record, follows=False).begin([on_h1[0]]) == {on_h1[0]: "cancelled"}
+
+
+def test_a_wait_for_a_batch_says_which_host_is_lost(cli, record, on_h1, client):
+    silence(client, "h1")
+    done = cli("wait", "--batch", "b-1", "--timeout", "0.1")
+    assert done.returncode == 1
+    assert "host h1 is lost since" in done.stderr
+    assert "3 sandboxes waited for, until it returns" in done.stderr
+
+
+def test_a_wait_for_a_batch_goes_on_with_the_new_ones(record, on_h1, client, heartbeat, monkeypatch):
+    """The old ones count no more, whatever becomes of them."""
+    monkeypatch.setattr("cli.away.LOOK_S", 0)
+    away = Away(record, follows=True)
+    progress = Progress("b-1", "running", away.begin(on_h1), is_counted=True)
+    silence(client, "h1")
+    assert progress.look(away)
+    assert (progress.counts["unknown"], progress.reached) == (3, 0)
+    sweep(record)
+    heartbeat("h1", pulls=True)
+    assert progress.look(away)
+    assert not progress.hear({"id": on_h1[0], "batch": "b-1", "state": "cancelled"})
+    first, second, _ = successors(record, on_h1)
+    assert progress.states == {first: "queued", second: "queued", on_h1[2]: "running"}
+    assert (progress.counts["queued"], progress.counts["running"], progress.reached) == (2, 1, 1)
 
 
 def test_ls_and_show_say_what_became_of_it(cli, record, on_h1, client):
