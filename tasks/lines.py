@@ -84,7 +84,7 @@ class Lines(Batches):
                     **needs_of(spec),
                 }
                 pipe.hset(sandbox_key(container_id), mapping=raw)
-            pipe.zadd(SANDBOXES, {one: score for one, _ in part})
+            pipe.zadd(SANDBOXES, {one: score + offset * 1e-6 for offset, (one, _) in enumerate(part, start)})
             pipe.rpush(key + ":ids", *(one for one, _ in part))
             pipe.hincrby(key, "total", len(part))
             deadlines = {one: seconds(spec.deadline_at) for one, spec in part if spec.deadline_at is not None}

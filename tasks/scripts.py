@@ -82,19 +82,23 @@ end
 -- The outcome of a batch, once all have ended; true if its rule cannot be met any more and it is to stop.
 local function verdict(batch, at, expiry, kept)
   local key = P .. 'batch:' .. batch
-  local total, ended, good, bad, needed, fail_fast, cancelled, outcome, open = unpack(redis.call('HMGET',
-    key, 'total', 'ended', 'good', 'bad', 'needed', 'fail_fast', 'cancelled', 'outcome', 'open'))
+  local fail_fast, cancelled, broken, outcome, open =
+    unpack(redis.call('HMGET', key, 'fail_fast', 'cancelled', 'broken', 'outcome', 'open'))
+  local total, ended, good, bad, needed =
+    unpack(redis.call('HMGET', key, 'total', 'ended', 'good', 'bad', 'needed'))
   if not total or outcome or open then return false end
   total, ended, good, bad = tonumber(total), tonumber(ended or 0), tonumber(good or 0), tonumber(bad or 0)
   local least = tonumber(needed or total)
   if ended >= total then
-    outcome = cancelled and 'cancelled' or (good >= least and 'succeeded' or 'failed')
+    outcome = good >= least and 'succeeded' or 'failed'
+    if cancelled and not broken then outcome = 'cancelled' end
     redis.call('HSET', key, 'outcome', outcome, 'ended_at', at)
     for _, part in ipairs({'', ':ids', ':held'}) do redis.call('EXPIRE', key .. part, expiry) end
     tell('', batch, outcome, '', at, kept)
     return false
   end
   if fail_fast and not cancelled and total - bad < least then
+    redis.call('HSET', key, 'broken', '1')
     redis.call('SADD', P .. 'broken', batch)  -- should the asker die, the sweep does it
     return true
   end

@@ -201,6 +201,10 @@ def test_fail_fast_tells_once_the_rule_cannot_be_met(start, record, sender):
     assert record.broken_batches() == ["b"]  # should its host die now, the sweep does it
     cancel(sender, record, "b")
     assert record.broken_batches() == []
+    for one in ids[2:]:
+        record.put(one, State.UNDOING, 1, {})
+        record.put(one, State.CANCELLED, 1, {})
+    assert outcome(record) == "failed"  # nobody has cancelled it
 
 
 # -- cancel --------------------------------------------------------------------------------------

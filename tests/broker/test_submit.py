@@ -62,7 +62,7 @@ def test_a_big_batch_is_enqueued_whole_and_once(sender, record, broker, client):
     assert (batch, len(set(ids))) == ("big", 2500)
     rows = record.get_all()
     assert {row["state"] for row in rows} == {"queued"}
-    assert {row["id"] for row in rows} == set(ids)
+    assert [row["id"] for row in rows] == ids
     assert record.batch("big")["total"] == 2500
     taken: list[str] = []
     while some := take(record, capacity=5000, slots=5000):
