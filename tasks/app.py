@@ -65,7 +65,9 @@ def transport_options(owner: str) -> dict[str, Any]:
 
 def make_app(current: Settings, owner: str) -> Celery:
     """A Celery app on the broker of the settings; `owner` is a host, or "client"."""
-    app = Celery("sandbatch", broker=broker_url(current), set_as_current=False)
+    is_host = owner != "client"
+    task_cls = "tasks.foreign:OrderTask" if is_host else None
+    app = Celery("sandbatch", broker=broker_url(current), set_as_current=False, task_cls=task_cls)
     app.conf.update(
         broker_transport_options=transport_options(owner),
         broker_connection_retry_on_startup=True,
@@ -102,7 +104,8 @@ def make_app(current: Settings, owner: str) -> Celery:
         worker_cancel_long_running_tasks_on_connection_loss=False,
         enable_utc=True,
     )
-    if owner != "client":
+    if is_host:
+        app.conf.worker_consumer = "tasks.foreign:ForeignConsumer"
         app.conf.task_queues = [_queue(LAUNCH_QUEUE), _queue(host_queue(current.host))]
     return app
 

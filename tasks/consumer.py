@@ -23,6 +23,7 @@ from celery.signals import (
 from tasks import workflow
 from tasks.app import settings
 from tasks.connection import connect
+from tasks.foreign import foreign
 from tasks.host_step import HostStep, host_owner
 from tasks.record import Record
 from worker import faults, gc, reconcile, stages
@@ -76,6 +77,9 @@ def run_worker(*, log_level: str = "INFO") -> None:
     take_name(current)
     HostStep.due_at_start = reconcile.at_start(current)  # before any message: it fences the old ones off
     gc.collect(current)  # logs what fails, and keeps no worker from its work
+    readable = foreign().put_back()
+    if readable:
+        log.info("%d messages that another release could not read go back to their queues", readable)
     returned = take_back_messages()
     log.info("%d messages of the worker before are back in their queues", returned)
     workflow.app.steps["worker"].add(HostStep)

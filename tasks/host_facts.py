@@ -4,6 +4,8 @@ import os
 import platform
 from typing import Any
 
+from tasks.lines import KINDS
+from tasks.messages import RELEASE
 from tasks.puller import no_room
 from worker.capabilities import advertised
 from worker.cni_config import list_networks
@@ -12,8 +14,6 @@ from worker.journal import boot_id
 from worker.network_room import network_room
 from worker.probe_runsc import remembered
 from worker.settings import Settings
-
-VERSION = "0.1.0"
 
 
 def host_facts(current: Settings) -> dict[str, Any]:
@@ -24,7 +24,8 @@ def host_facts(current: Settings) -> dict[str, Any]:
     networks, broken = list_networks((current.own_cni_conf_dir, current.cni_conf_dir))
     journal_count = sum(1 for _ in current.sandboxes_dir.iterdir()) if current.sandboxes_dir.is_dir() else 0
     return {
-        "version": VERSION,
+        "version": RELEASE,
+        "kinds": KINDS,
         "capacity": current.capacity,
         "sandboxes": journal_count,
         "slots": current.slots,

@@ -15,6 +15,7 @@ from kombu.exceptions import KombuError
 from tasks import drains, workflow
 from tasks.app import settings
 from tasks.connection import connect
+from tasks.foreign import foreign
 from tasks.host_calls import make_service
 from tasks.host_facts import host_facts
 from tasks.host_record import HEARTBEAT_S
@@ -107,6 +108,7 @@ class HostStep(bootsteps.StartStopStep):
         was_lost = not self._record.is_live(host)
         drain = drains.settle(self._record, self._settings)
         facts = {**host_facts(self._settings), "drained": drain if drain and drain["drained"] else None}
+        facts["foreign"] = foreign().count()
         life = self._record.heartbeat(host, facts)
         if life != self._broker_life:
             self._later.forget_reports()  # it may have lost what it knew

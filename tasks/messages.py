@@ -7,6 +7,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from worker.errors import BadInput
 from worker.spec import ContainerId
 
+RELEASE = "0.2.0"  # of pyproject.toml; a host says it, and a message that it could not read keeps it
+
 
 class Order(BaseModel):
     """Work on one sandbox. A host does nothing for an attempt that is not the journal's."""
@@ -28,6 +30,6 @@ def read_order(message: Any) -> Order:
         return Order.model_validate(message)
     except ValidationError as error:
         first = error.errors()[0]
-        raise BadInput(
-            "message", f"{first['loc']}: {first['msg']}", "its sender is of another release"
-        ) from None
+        where = ".".join(str(part) for part in first["loc"])
+        words = f"{where} {str(first.get('input'))[:80]!r}: {first['msg']}" if where else first["msg"]
+        raise BadInput("message", words, "its sender is of another release") from None
