@@ -4,7 +4,6 @@ import os
 import platform
 from typing import Any
 
-from tasks.lines import KINDS
 from tasks.messages import RELEASE
 from tasks.puller import no_room
 from worker.capabilities import advertised
@@ -14,6 +13,7 @@ from worker.journal import boot_id
 from worker.network_room import network_room
 from worker.probe_runsc import remembered
 from worker.settings import Settings
+from worker.spec import KINDS
 
 
 def host_facts(current: Settings) -> dict[str, Any]:

@@ -120,6 +120,8 @@ class HostStep(bootsteps.StartStopStep):
         is_first = self.due_at_start is not None
         self._carry_out(self.due_at_start or self._later.look())
         host, sandboxes = self._settings.host, self._settings.sandboxes_dir
+        if is_first:
+            self._record.count_memory(host, offer(self._settings)["each"])
         sweep_host(workflow.app, self._record, host, sandboxes, is_first=is_first)
         sweep_fleet(workflow.app, self._record)
         type(self).due_at_start = None  # only now: without a broker it is still due

@@ -8,6 +8,7 @@ knows nothing of memory, labels, addresses or batches.
 """
 
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -24,19 +25,21 @@ from tasks.keys import (
     DEADLINES,
     EVENTS_KEPT,
     LINES,
+    OLD_QUEUED,
     OPEN,
-    QUEUED,
     SANDBOXES,
+    TERMINAL_KEPT_S,
+    UNCOUNTED,
     batch_key,
+    host_key,
     line_key,
     sandbox_key,
 )
-from tasks.scripts import OFFER, TAKE
+from tasks.scripts import COUNT, OFFER, TAKE
 from tasks.state import State
 from worker.journal import now, seconds
-from worker.spec import Spec
+from worker.spec import HOST_NAME, KINDS, Spec
 
-KINDS = ("spec/v1",)  # of specs that this release can launch
 COMMAND_KEPT = 80  # characters, for tables
 
 
@@ -47,6 +50,7 @@ class Lines(Batches):
         super().__init__(client)
         self._take = client.register_script(TAKE)
         self._offer = client.register_script(OFFER)
+        self._count = client.register_script(COUNT)
 
     def enqueue(
         self, batch: str, ids_and_specs: Sequence[tuple[str, Spec]], plan: BatchPlan | None = None
@@ -107,15 +111,14 @@ class Lines(Batches):
             lines.setdefault(line_of(spec), {})[container_id] = score + offset * 1e-6
         for name, line in lines.items():
             pipe.zadd(line_key(name), line)
-            pipe.zadd(QUEUED, line)
             pipe.sadd(LINES, name)
         pipe.xadd(BELL, {"look": "1"}, maxlen=BELLS_KEPT)
 
-    def offer(self, specs: Mapping[str, Spec]) -> None:
-        """Put these in line: a client of release 0.1.0 has enqueued them, and knows no lines."""
+    def offer(self, specs: Mapping[str, str]) -> None:
+        """Put these in line, by their specs as JSON: a client of release 0.1.0 has enqueued them."""
         pipe = self.client.pipeline()
-        for container_id, spec in specs.items():
-            pipe.hset(sandbox_key(container_id), mapping=dict[Any, Any](needs_of(spec)))
+        for container_id, text in specs.items():
+            pipe.hset(sandbox_key(container_id), mapping=dict[Any, Any](_needs_of(text)))
         self._offer(keys=[], args=[time.time(), *specs], client=pipe)
         pipe.execute()
 
@@ -124,28 +127,59 @@ class Lines(Batches):
 
         Args:
             have: `capacity`, `slots`, `memory` (bytes; 0: not counted), `each` (bytes that a sandbox counts
-                for that asks for none), `labels`, and `rooms`: for each network how many more it can have
-                (-1: no limit).
+                for that asks for none), `labels`, `rooms`: for each network how many more it can have
+                (-1: no limit); `kinds` of specs, by default those of this release; `elder`: it is of
+                release 0.1.0.
         """
-        have = {"memory": 0, "each": 0, "labels": {}, "rooms": {}, **have, "kinds": KINDS}
+        have = {"memory": 0, "each": 0, "labels": {}, "rooms": {}, "kinds": KINDS, **have}
         answer = self._take(keys=[], args=[host, now(), EVENTS_KEPT, json.dumps(have), most])
         return [(one, int(attempt)) for one, attempt in zip(answer[::2], answer[1::2], strict=True)]
 
     def offer_again(self, age_s: float) -> None:
-        """Put in line what has waited for so long and stands in none."""
-        ids = cast("list[str]", self.client.zrangebyscore(QUEUED, "-inf", time.time() - age_s, 0, CHUNK))
+        """Put in line what a client of release 0.1.0 has enqueued so long ago and no host has offered."""
+        ids = cast("list[str]", self.client.zrangebyscore(OLD_QUEUED, "-inf", time.time() - age_s))
+        for start in range(0, len(ids), CHUNK):
+            pipe = self.client.pipeline(transaction=False)
+            for container_id in ids[start : start + CHUNK]:
+                pipe.hmget(sandbox_key(container_id), ["state", "spec"])
+            answers = dict(zip(ids[start : start + CHUNK], pipe.execute(), strict=True))
+            gone = [one for one, (state, _) in answers.items() if state != State.QUEUED]
+            if gone:
+                self.client.zrem(OLD_QUEUED, *gone)
+            if len(gone) < len(answers):
+                self.offer({one: spec for one, (state, spec) in answers.items() if state == State.QUEUED})
+
+    # -- beside release 0.1.0 ------------------------------------------------------------------------
+
+    def note_for_elders(self, ids: Sequence[str]) -> None:
+        """Let hosts of release 0.1.0 ask again for these, should messages be lost; and count their moves."""
+        if ids:
+            self.client.zadd(OLD_QUEUED, dict.fromkeys(ids, time.time()))
+            self.client.sadd(UNCOUNTED, *ids)
+
+    def count_moved(self) -> None:
+        """Count for their batches what scripts of release 0.1.0 have moved."""
+        ids = list(cast("set[str]", self.client.smembers(UNCOUNTED)))
+        for start in range(0, len(ids), CHUNK):
+            args: list[str | float] = [now(), time.time(), TERMINAL_KEPT_S, EVENTS_KEPT]
+            self._count(keys=[], args=[*args, *ids[start : start + CHUNK]])
+
+    def count_memory(self, host: str, each: int) -> None:
+        """Note what the sandboxes on a host count for: a release before may have left it out."""
+        key = host_key(host) + ":memory"
+        ids = list(cast("set[str]", self.client.smembers(host_key(host) + ":sandboxes")))
         pipe = self.client.pipeline(transaction=False)
         for container_id in ids:
-            pipe.hmget(sandbox_key(container_id), ["state", "line", "spec"])
-        answers = dict(zip(ids, pipe.execute(), strict=True))
-        gone = [one for one, (state, _, _) in answers.items() if state != State.QUEUED]
-        if gone:
-            self.client.zrem(QUEUED, *gone)
-        waiting = {
-            one: spec for one, (state, line, spec) in answers.items() if state == State.QUEUED and not line
-        }
-        if waiting:
-            self.offer({one: Spec.model_validate_json(spec) for one, spec in waiting.items()})
+            pipe.hget(sandbox_key(container_id), "spec")
+        found = {}
+        for container_id, text in zip(ids, pipe.execute(), strict=True):
+            if text is not None:
+                found[container_id] = int(json.loads(text).get("memory_bytes") or each)
+        whole = self.client.pipeline()
+        whole.delete(key)
+        if found:
+            whole.hset(key, mapping=dict[Any, Any](found))
+        whole.execute()
 
     # -- bells ---------------------------------------------------------------------------------------
 
@@ -178,6 +212,18 @@ def where(spec: Spec) -> str:
 def line_of(spec: Spec) -> str:
     """The name of the line in which a sandbox waits; script TAKE reads it."""
     return "|".join((where(spec), spec.kind, str(spec.memory_bytes or 0), _networks(spec)))
+
+
+def _needs_of(text: str) -> dict[str, str]:
+    try:
+        return needs_of(Spec.model_validate_json(text))
+    except (
+        ValueError
+    ):  # of another release: it waits for a host that knows its kind, or refuses it with words
+        raw = json.loads(text)
+        kind = re.sub(r"[^a-z0-9/.]", "_", str(raw.get("kind")))
+        pinned = f"host:{raw['host']}" if HOST_NAME.fullmatch(str(raw.get("host") or "")) else "any"
+        return {"line": f"{pinned}|{kind}|0|", "queue": pinned}
 
 
 def _networks(spec: Spec) -> str:

@@ -29,12 +29,11 @@ local function tell(id, batch, state, host, at, kept)
              'id', id, 'batch', batch, 'state', state, 'host', host, 't', at)
 end
 
--- Let a sandbox be taken; `now` is its place in the line.
+-- Let a sandbox be taken; `now` is its place in the line. One that stands in line keeps its place.
 local function offer(id, now)
   local line = redis.call('HGET', rec(id), 'line')
   redis.call('SADD', P .. 'lines', line)
-  redis.call('ZADD', P .. 'line:' .. line, now, id)
-  redis.call('ZADD', P .. 'queued', now, id)
+  redis.call('ZADD', P .. 'line:' .. line, 'NX', now, id)
 end
 
 local function leave(id, line)
@@ -68,9 +67,13 @@ local function release(batch, now)
     local id = redis.call('LPOP', key .. ':held')
     if not id then break end
     redis.call('HDEL', rec(id), 'held')
-    if redis.call('HGET', rec(id), 'state') == 'queued' then  -- else it was cancelled meanwhile, and counted
+    local state, counted = unpack(redis.call('HMGET', rec(id), 'state', 'up'))
+    if state == 'queued' then  -- else it was cancelled meanwhile, and counted
       offer(id, now + count * 1e-6)
       count = count + 1
+    elseif state and counted ~= '2' then  -- by a client of release 0.1.0
+      redis.call('HINCRBY', key, 'released', 1)
+      redis.call('SADD', P .. 'uncounted', id)
     end
   end
   if count > 0 then
@@ -117,6 +120,7 @@ local function account(id, state, at, expiry, kept, now)
     redis.call('HINCRBY', key, 'up', 1)
   end
   if TERMINAL[state] then
+    redis.call('HSET', rec(id), 'up', '2')  -- its end is counted, too
     if held then redis.call('HINCRBY', key, 'released', 1) end
     redis.call('HINCRBY', key, 'ended', 1)
     local good = state == 'exited' and
@@ -181,8 +185,8 @@ return account(id, target, at, expiry, kept, now) and 3 or 1
 # head, however many wait there: first those that are pinned to the host, then those that ask for its labels,
 # then the others; of equals the line whose head has waited longest.
 # ARGV: host, now (text), length of the stream, offer as JSON: capacity, slots, memory (0: not counted), each
-# (bytes for one that asks for none), labels, rooms (of each network; -1: without a limit), kinds of specs;
-# most to take.
+# (bytes for one that asks for none), labels, rooms (of each network; -1: without a limit), kinds of specs,
+# elder (a host of release 0.1.0, whose scripts free no memory and count for no batch); most to take.
 # Answers: id, attempt, id, attempt, ...
 TAKE = (
     _COMMON
@@ -271,15 +275,20 @@ while #taken < 2 * most do
     best.since = tonumber(head[2])
     local state, attempt, batch, removed, cancelled = unpack(redis.call('HMGET', rec(id),
       'state', 'attempt', 'batch', 'removed', 'cancel'))
-    if state ~= 'queued' then
+    if state ~= 'queued' then  -- moved by a script of release 0.1.0
       leave(id, best.name)
+      redis.call('SADD', P .. 'uncounted', id)
     elseif removed or cancelled then  -- whoever marked it is about to end it
       best.skip = (best.skip or 0) + 1
     else
       redis.call('HSET', rec(id), 'state', 'placed', 'host', host, 'placed_at', at)
       redis.call('SADD', held, id)
       redis.call('SADD', launching, id)
-      redis.call('HSET', host_key(host, 'memory'), id, best.needs)
+      if have.elder then
+        redis.call('SADD', P .. 'uncounted', id)
+      else
+        redis.call('HSET', host_key(host, 'memory'), id, best.needs)
+      end
       leave(id, best.name)
       memory = memory - best.needs
       use_rooms(best.nets)
@@ -300,6 +309,7 @@ OFFER = (
 for number = 2, #ARGV do
   local id = ARGV[number]
   if redis.call('HGET', rec(id), 'state') == 'queued' then offer(id, ARGV[1] + number * 1e-6) end
+  redis.call('ZREM', P .. 'queued', id)
 end
 ring(P .. 'bell')
 """
@@ -314,6 +324,23 @@ redis.call('HDEL', P .. 'batch:' .. ARGV[1], 'open')
 redis.call('ZREM', P .. 'open', ARGV[1])
 release(ARGV[1], ARGV[3])
 return verdict(ARGV[1], ARGV[2], ARGV[4], ARGV[5]) and 3 or 1
+"""
+)
+
+# Count for their batches what scripts of release 0.1.0 have moved; harmless to repeat.
+# ARGV: now (text), now (s), expiry, length of the stream, id, ...
+COUNT = (
+    _COMMON
+    + """
+for number = 5, #ARGV do
+  local id = ARGV[number]
+  local state, counted = unpack(redis.call('HMGET', rec(id), 'state', 'up'))
+  local has_ended = not state or TERMINAL[state]
+  if state and (has_ended and counted ~= '2' or state == 'running' and not counted) then
+    account(id, state, ARGV[1], ARGV[3], ARGV[4], ARGV[2])
+  end
+  if has_ended then redis.call('SREM', P .. 'uncounted', id) end
+end
 """
 )
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import redis
 from celery import Celery
+from kombu.exceptions import KombuError
 
 from tasks.app import options
 from tasks.batch import NAME, BatchPlan
@@ -17,7 +18,7 @@ from tasks.record import Record
 from tasks.state import TERMINAL, State
 from worker.errors import BadInput, BrokerError
 from worker.settings import Settings
-from worker.spec import Spec, new_container_id
+from worker.spec import KINDS, Spec, new_container_id
 
 BATCH_SIZE = 1000  # messages in one pipeline
 
@@ -44,13 +45,27 @@ def submit(
         raise BadInput(f"batch {batch}", "there is one already", "choose another name")
     batch = batch or "b-" + secrets.token_hex(6)
     ids = [new_container_id() for _ in specs]
+    ids_and_specs = list(zip(ids, specs, strict=True))
     try:
-        record.enqueue(batch, list(zip(ids, specs, strict=True)), plan)
-    except (redis.ConnectionError, redis.TimeoutError) as error:
+        record.enqueue(batch, ids_and_specs, plan)
+        _ask_elders(app, record, ids_and_specs[: (plan or BatchPlan()).first(len(ids))])
+    except (redis.ConnectionError, redis.TimeoutError, KombuError) as error:
         raise BrokerError(
             f"broker {public_url(settings)}", str(error), f"batch {batch} may wait in part"
         ) from None
     return batch, ids
+
+
+def _ask_elders(app: Celery, record: Record, specs: Sequence[tuple[str, Spec]]) -> None:
+    """Where only hosts of release 0.1.0 live: ask them by messages, as a client of theirs does.
+
+    Beside any other host they need none (`tasks.elder`).
+    """
+    hosts = record.live_hosts().values()
+    if hosts and not any(facts.get("pulls") for facts in hosts):
+        readable = [(container_id, 1, spec.host) for container_id, spec in specs if spec.kind == KINDS[0]]
+        record.note_for_elders([container_id for container_id, _, _ in readable])
+        publish_place(app, readable)
 
 
 def publish_place(app: Celery, wanted: Sequence[tuple[str, int, str | None]]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from celery import Celery
 
+from tasks.elder import hand_out
 from tasks.lost import sweep_lost
 from tasks.record import Record, Wish
 from tasks.state import State
@@ -87,6 +88,7 @@ def sweep_fleet(app: Celery, record: Record) -> None:
         record.put(container_id, State.FAILED, attempt, fields, only_from=State.QUEUED)
     record.offer_again(LOST_S)
     sweep_lost(record)
+    hand_out(app, record)
     for batch in record.open_batches(OPEN_S):
         record.close_batch(batch)
     for batch in record.broken_batches():

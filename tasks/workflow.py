@@ -107,7 +107,7 @@ def place(self: "Task[Any, Any]", message: dict[str, Any]) -> dict[str, str]:
     try:
         known, where = record().spec(order.container_id), record().placement(order.container_id)
         if known and where and where[0] == State.QUEUED:  # a client of release 0.1.0 asks by message
-            record().offer({order.container_id: Spec.model_validate_json(known[0])})
+            record().offer({order.container_id: known[0]})
         if known is None or where != (State.PLACED, host, order.attempt):
             raise Ignore  # another host's, or a twin of this message after it moved on
     except (redis.ConnectionError, redis.TimeoutError) as error:

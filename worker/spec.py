@@ -40,7 +40,8 @@ CONTAINER_ID = re.compile(r"^sb-[0-9a-f]{16}$")  # one length: runsc matches ids
 HOST_NAME = re.compile(r"^[a-zA-Z0-9][a-zA-Z0-9_.\-]{0,62}$")
 ENV_NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
 READY = re.compile(r"^(?:none|tcp:(?P<tcp>[0-9]{1,5})|http:(?P<http>[0-9]{1,5})(?P<path>/[\x21-\x7e]*))$")
-YOUNGER = ("on", "reschedule")  # fields that a host of release 0.1.0 forbids
+YOUNGER = ("on", "reschedule")  # fields that a host of release 0.1.0 forbids: a spec that has one is spec/v2
+KINDS = ("spec/v1", "spec/v2")  # that this release can launch
 
 
 def new_container_id() -> str:
@@ -104,7 +105,7 @@ class Spec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
 
-    kind: Literal["spec/v1"] = "spec/v1"  # hosts are upgraded one by one
+    kind: Literal["spec/v1", "spec/v2"] = "spec/v1"  # hosts are upgraded one by one
     args: Annotated[list[Annotated[str, AfterValidator(text)]], AfterValidator(command)]
     rootfs: Annotated[str, AfterValidator(_rootfs)] = "host"
     networks: list[NetworkRequest] = Field(
@@ -172,6 +173,12 @@ class Spec(BaseModel):
         taken = [(one.host_ip, one.host_port, one.protocol) for one in self.publish if one.host_port]
         if len(set(taken)) != len(taken):
             raise ValueError("publish: a port of the host is named twice")
+        return self
+
+    @model_validator(mode="after")
+    def _is_of_the_least_kind(self) -> "Spec":
+        """The oldest that it can be, so that as many hosts as possible can launch it."""
+        self.__dict__["kind"] = KINDS[1] if any(getattr(self, name) for name in YOUNGER) else KINDS[0]
         return self
 
     @model_serializer(mode="wrap")

@@ -134,7 +134,13 @@ def heartbeat(record: Record) -> Any:
     """Say that a host lives; by default it is this machine."""
 
     def beat(name: str = HOST, **facts: Any) -> None:
-        known: dict[str, Any] = {"version": "0.1.0", "capacity": 10, "sandboxes": 0, "slots": 4}
+        known: dict[str, Any] = {
+            "version": "0.2.0",
+            "pulls": True,
+            "capacity": 10,
+            "sandboxes": 0,
+            "slots": 4,
+        }
         known |= {"networks": ["mynet"], "rootfs_allow": [], "boot_id": boot_id(), **facts}
         record.heartbeat(name, known)
 

@@ -73,7 +73,7 @@ def test_what_the_record_knows_better_is_of_this_moment(on_h1):
 
 def test_a_host_of_the_release_before_is_lost_too(record, heartbeat, client):
     """It notes nothing for that itself; the sweep of the fleet does it for it."""
-    heartbeat("h1")
+    heartbeat("h1", version="0.1.0", pulls=False)
     client.delete("sandbatch:hosts:last")
     assert record.all_hosts()["h1"]["state"] == "live"
     record.missing_hosts(1)
@@ -90,7 +90,7 @@ def test_hosts_shows_room_state_labels_and_drain(cli, on_h1, heartbeat, client):
     assert rows["h1"]["drained"]["why"] == "new disk"
     header, first, second = cli("hosts").stdout.splitlines()
     assert header.split()[:7] == ["HOST", "STATE", "HEARTBEAT", "SANDBOXES", "LAUNCHING", "MEMORY", "LOAD"]
-    assert first.split()[3:9] == ["2/10", "1/4", "0.0/16.0g", "0.5/2", "0.1.0", "release-1"]
+    assert first.split()[3:9] == ["2/10", "1/4", "0.0/16.0g", "0.5/2", "0.2.0", "release-1"]
     assert "gpu=true" in first
     assert first.endswith("drained: new disk")
     assert second.split()[:2] == ["h2", "lost"]

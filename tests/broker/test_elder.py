@@ -1,0 +1,257 @@
+"""Release 0.1.0 beside this one: its hosts and its clients, by the scripts and words that it has."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.batch import BatchPlan
+from tasks.elder import hand_out
+from tasks.keys import PREFIX
+from tasks.record import Record
+from tasks.rows import read
+from tasks.state import State
+from tasks.submit import remove, submit
+from tasks.sweeper import sweep_fleet
+from tests.broker.conftest import take
+from tests.broker.test_submit import arguments, queues
+from worker.journal import now
+from worker.spec import make_spec
+
+DATA = Path(__file__).parents[1] / "data" / "0.1.0"
+WORDS = json.loads((DATA / "words.json").read_text())
+EVENTS, OLD_QUEUED = PREFIX + "events", PREFIX + "queued"
+SPEC = make_spec(args=["true"], network="mynet")
+IDS = ("sb-00000000000000e1", "sb-00000000000000e2", "sb-00000000000000e3")
+
+
+class Elder:
+    """What release 0.1.0 does to the record, as a host and as a client."""
+
+    def __init__(self, client: Any, record: Record, host: str = "old") -> None:
+        self.client, self.record, self.host = client, record, host
+        self._claim = client.register_script((DATA / "claim.lua").read_text())
+        self._put = client.register_script((DATA / "put.lua").read_text())
+
+    def _keys(self, container_id: str, host: str) -> list[str]:
+        return [f"{PREFIX}sb:{container_id}", EVENTS, f"{PREFIX}host:{host}:sandboxes", OLD_QUEUED]
+
+    def beat(self, **facts: Any) -> None:
+        self.record.heartbeat(self.host, {**WORDS["facts"], **facts})
+
+    def claim(self, container_id: str) -> int:
+        keys = self._keys(container_id, self.host)
+        return int(self._claim(keys=keys, args=[container_id, self.host, 1, now(), 1000]))
+
+    def put(self, container_id: str, state: str, host: str | None = None, **fields: str) -> int:
+        host = self.host if host is None else host
+        words = [json.dumps(WORDS["moves"]), json.dumps(WORDS["terminal"])]
+        args = [container_id, state, now(), *words, 1, "", 3600, 1000, ""]
+        flat = [part for pair in fields.items() for part in pair]
+        return int(self._put(keys=self._keys(container_id, host), args=[*args, *flat]))
+
+    def run(self, container_id: str) -> None:
+        for state in ("launching", "running"):
+            assert self.put(container_id, state, stage="ready", host=self.host) == 1
+
+    def enqueue(self, container_id: str, spec: str = WORDS["spec"], batch: str = "b-old") -> None:
+        """As its client; the message on the queue `launch` comes beside it."""
+        raw = {"id": container_id, "batch": batch, "attempt": 1, "state": "queued", "created_at": now()}
+        self.client.hset(f"{PREFIX}sb:{container_id}", mapping={**raw, "spec": spec})
+        self.client.zadd(f"{PREFIX}sandboxes", {container_id: time.time()})
+        self.client.zadd(OLD_QUEUED, {container_id: time.time()})
+
+
+@pytest.fixture
+def elder(client: Any, record: Record) -> Elder:
+    return Elder(client, record)
+
+
+def placed_on(client: Any, host: str) -> list[str]:
+    """Whom the messages in a host's queue are of, the first one first."""
+    messages = queues(client).get((f"host.{host}", 9), [])
+    return [arguments(one)["message"]["container_id"] for one in reversed(messages)]
+
+
+# -- its hosts -----------------------------------------------------------------------------------
+
+
+def test_a_host_of_the_release_before_gets_what_it_has_room_for(sender, record, broker, client, elder):
+    elder.beat(capacity=3)
+    record.heartbeat("new", {**WORDS["facts"], "pulls": True})
+    _, ids = submit(sender, record, broker, [SPEC] * 5)
+    assert queues(client) == {}
+    sweep_fleet(sender, record)
+    assert placed_on(client, "old") == ids[:3]
+    assert [elder.claim(one) for one in ids[:3]] == [2, 2, 2]  # its own already
+    assert elder.claim(ids[3]) == 1  # what it is sent by a client of its release it takes, room or no room
+    hand_out(sender, record)
+    assert len(placed_on(client, "old")) == 3
+    assert take(record, "new") == ids[4:]
+
+
+def test_its_launches_end_without_a_word_and_make_room_at_the_next_sweep(
+    sender, record, broker, client, elder
+):
+    elder.beat(slots=1, capacity=100)
+    _, ids = submit(sender, record, broker, [SPEC] * 6)
+    hand_out(sender, record)
+    assert len(record.wishes_on("old")) == 4  # a few at a time: it is asked once in five seconds
+    for one in ids[:2]:
+        elder.run(one)
+    hand_out(sender, record)
+    assert [wish.container_id for wish in record.wishes_on("old")] == sorted(ids)
+
+
+@pytest.mark.parametrize(
+    "facts", [{"not_ready": "full: 3 sandboxes"}, {"pulls": True}, {"networks": ["another"]}]
+)
+def test_who_is_not_ready_or_pulls_or_has_no_such_network_gets_nothing(
+    sender, record, broker, client, elder, facts
+):
+    elder.beat(**facts)
+    submit(sender, record, broker, [SPEC])
+    client.delete(*client.keys("sandbatch:mq:*") or ["-"])
+    hand_out(sender, record)
+    assert queues(client) == {}
+
+
+def test_it_never_gets_what_it_would_refuse(sender, record, broker, client, elder):
+    """A spec of 0.2.0 fails there, as an unknown field; a field that is left out is no reason."""
+    elder.beat()
+    younger = [
+        make_spec(args=["true"], network="mynet", on={"gpu": "true"}),
+        make_spec(args=["true"], network="mynet", reschedule=True),
+        make_spec(args=["true"], network="mynet", reschedule=True, host="old"),
+    ]
+    assert {spec.kind for spec in younger} == {"spec/v2"}
+    _, ids = submit(sender, record, broker, [*younger, SPEC])
+    assert set(json.loads(record.spec(ids[3])[0])) <= set(json.loads(WORDS["spec"]))
+    assert client.zrange(OLD_QUEUED, 0, -1) == ids[3:]  # nor does its own sweep find it
+    client.delete(*client.keys("sandbatch:mq:*"))
+    hand_out(sender, record)
+    assert placed_on(client, "old") == ids[3:]
+    assert record.get(ids[0])["state"] == "queued"
+    assert take(record, "new", labels={"gpu": "true"}) == ids[:2]
+
+
+def test_its_ends_count_for_their_batch(sender, record, broker, client, elder):
+    """Its scripts know no batches; each is counted once, whoever moves it later."""
+    elder.beat(capacity=100)
+    record.heartbeat("new", {**WORDS["facts"], "pulls": True})
+    plan = BatchPlan(success="50%", max_in_flight=2)
+    _, ids = submit(sender, record, broker, [SPEC] * 4, "b", plan)
+    hand_out(sender, record)
+    elder.run(ids[0])
+    hand_out(sender, record)
+    assert [record.batch("b")[one] for one in ("released", "up", "ended")] == [2, 1, 0]
+    elder.put(ids[0], "exited", exit_code="0", reason="exit")
+    elder.put(ids[1], "failed")
+    for _ in range(2):
+        hand_out(sender, record)
+        assert [record.batch("b")[one] for one in ("released", "up", "ended", "good", "bad")] == [
+            4,
+            2,
+            2,
+            1,
+            1,
+        ]
+    elder.run(ids[2])
+    record.put(ids[2], State.EXITED, 1, {"exit_code": "0", "reason": "exit"})  # it was upgraded meanwhile
+    elder.put(ids[3], "failed")
+    hand_out(sender, record)
+    batch = record.batch("b")
+    assert [batch[one] for one in ("up", "ended", "good", "bad", "outcome")] == [4, 4, 2, 2, "succeeded"]
+    assert client.smembers(f"{PREFIX}uncounted") == set()
+
+
+def test_once_it_is_upgraded_its_memory_is_counted(sender, record, broker, client, elder):
+    elder.beat()
+    elder.enqueue(IDS[0])  # asks for 300 MiB
+    elder.claim(IDS[0])
+    submit(sender, record, broker, [SPEC])
+    hand_out(sender, record)
+    assert not client.exists(f"{PREFIX}host:old:memory")
+    record.count_memory("old", 7)
+    assert sorted(map(int, client.hvals(f"{PREFIX}host:old:memory"))) == [7, 300 << 20]
+
+
+def test_where_only_such_hosts_live_a_client_asks_them_as_their_own_does(
+    sender, record, broker, client, elder
+):
+    """Clients may be upgraded first, too."""
+    elder.beat()
+    pinned = make_spec(args=["true"], network="mynet", host="old")
+    _, ids = submit(sender, record, broker, [SPEC, pinned, make_spec(args=["true"], reschedule=True)])
+    messages = queues(client)
+    assert [arguments(one)["message"]["container_id"] for one in messages["launch", 9]] == ids[:1]
+    assert placed_on(client, "old") == ids[1:2]
+    assert elder.claim(ids[0]) == 1
+    elder.run(ids[0])
+    elder.put(ids[0], "exited", exit_code="0", reason="exit")
+    record.heartbeat("new", {**WORDS["facts"], "pulls": True})
+    hand_out(sender, record)
+    assert record.batches()[0]["good"] == 1
+    assert take(record, "new") == ids[2:]
+
+
+# -- its clients ---------------------------------------------------------------------------------
+
+
+def test_what_its_client_enqueues_stands_in_line_once_a_host_has_heard_of_it(record, elder, client):
+    elder.enqueue(IDS[0])
+    elder.enqueue(IDS[1], WORDS["pinned_spec"])
+    record.offer({one: record.spec(one)[0] for one in IDS[:2]})
+    assert client.zrange(OLD_QUEUED, 0, -1) == []
+    assert take(record, "h1", memory=200 << 20) == [IDS[1]]
+    assert take(record, "h2", memory=400 << 20) == [IDS[0]]
+
+
+def test_a_message_that_is_lost_or_comes_twice_changes_nothing(record, elder, client):
+    for one in IDS:
+        elder.enqueue(one, json.dumps({**json.loads(WORDS["spec"]), "memory_bytes": None}))
+    record.offer({IDS[0]: record.spec(IDS[0])[0]})
+    record.offer_again(0)
+    record.offer({IDS[0]: record.spec(IDS[0])[0]})  # its place in the line stays
+    assert take(record) == list(IDS)
+
+
+def test_its_client_cancels_and_removes_what_waits_and_what_runs(sender, record, broker, client, elder):
+    """Its `rm` leaves the line as it is, and counts for no batch."""
+    record.heartbeat("new", {**WORDS["facts"], "pulls": True})
+    _, ids = submit(sender, record, broker, [SPEC] * 3, "b")
+    assert elder.put(ids[0], "cancelled", host="") == 1
+    assert take(record, "new") == ids[1:]
+    hand_out(sender, record)
+    assert [record.batch("b")[one] for one in ("ended", "bad")] == [1, 1]
+
+
+def test_its_records_are_shown_and_removed(sender, record, elder, client):
+    elder.enqueue(IDS[0])
+    elder.enqueue(IDS[1], WORDS["pinned_spec"])
+    elder.enqueue(IDS[2])
+    elder.claim(IDS[2])
+    rows = {row["id"]: row for row in read(record, with_labels=True)}
+    assert rows[IDS[0]]["command"] == "python3 -m http.server"
+    assert rows[IDS[0]]["labels"] == {"a": "b"}
+    assert [rows[one]["host"] for one in IDS] == [None, "h1", "old"]
+    remove(sender, record, record.get_all(list(IDS)))
+    assert [row["state"] for row in record.get_all(list(IDS))] == ["cancelled", "cancelled", "placed"]
+    assert [one["headers"]["task"] for one in queues(client)["host.old", 0]] == ["sandbatch.unwind"]
+    record.offer_again(0)
+    assert take(record) == []
+
+
+# -- releases to come ----------------------------------------------------------------------------
+
+
+def test_a_spec_of_an_unknown_kind_waits_for_a_host_that_knows_it(record, elder, client):
+    """Whoever wrote it, and without holding up the rest."""
+    elder.enqueue(IDS[0], json.dumps({"kind": "spec/v9", "program": {"words": ["true"]}}))
+    elder.enqueue(IDS[1])
+    record.offer_again(0)
+    assert take(record) == [IDS[1]]
+    assert record.get(IDS[0])["state"] == "queued"
+    assert take(record, "h9", kinds=["spec/v1", "spec/v2", "spec/v9"]) == [IDS[0]]
