@@ -49,18 +49,17 @@ class HostStep(bootsteps.StartStopStep):
         self._settings = settings()
         self._record = Record(connect(self._settings, patient=True))
         self._owner = host_owner(self._settings)
-        self._broker_life = ""
+        self._broker_life = self._told_life = ""
         self._later = reconcile.Later(self._settings)
         self._guard = Guard(self._settings)
         puller_record = Record(connect(self._settings, patient=True))  # it blocks on this connection
 
-        def room() -> dict[str, Any]:
-            drains.settle(
-                puller_record, self._settings
-            )  # the broker may have lost it since the last heartbeat
-            return offer(self._settings)
+        def have() -> dict[str, Any]:
+            # The broker may have lost it since the last heartbeat.
+            drains.settle(puller_record, self._settings)
+            return {**offer(self._settings), "owner": self._owner, "life": self._told_life}
 
-        self._puller = Puller(workflow.app, puller_record, self._settings, room)
+        self._puller = Puller(workflow.app, puller_record, self._settings, have)
         self._keeper = Keeper(self._settings, workflow.this_host(), Messages())
         self._keeper.start()
         self._calls = make_service(self._settings)
@@ -84,9 +83,10 @@ class HostStep(bootsteps.StartStopStep):
         due_s = 0.0
         while not self._stop.is_set():
             try:
-                if self._beat() or due_s <= 0:
+                if self._beat() or due_s <= 0 or self._told_life != self._broker_life:
                     self._reconcile()
                     due_s = self._settings.reconcile_s
+                    self._tell_all()
                     self._puller.start()  # what the worker before has left comes first
             except (redis.RedisError, KombuError, OSError, SandbatchError) as error:
                 log.warning("host %s: its look at what is due is put off: %s", self._settings.host, error)
@@ -114,6 +114,17 @@ class HostStep(bootsteps.StartStopStep):
             self._later.forget_reports()  # it may have lost what it knew
             self._broker_life = life
         return was_lost
+
+    def _tell_all(self) -> None:
+        """Have a broker that may have lost what it knew know each sandbox here; then take more."""
+        life = self._broker_life
+        if self._told_life == life:
+            return
+        for known in journals.read_all(self._settings.sandboxes_dir)[0]:
+            if not workflow.report(known):
+                return
+        self._told_life = life
+        self._record.ring(self._settings.host)
 
     def _reconcile(self) -> None:
         logs.prune(self._settings, time.time())

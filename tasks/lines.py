@@ -129,7 +129,8 @@ class Lines(Batches):
             have: `capacity`, `slots`, `memory` (bytes; 0: not counted), `each` (bytes that a sandbox counts
                 for that asks for none), `labels`, `rooms`: for each network how many more it can have
                 (-1: no limit); `kinds` of specs, by default those of this release; `elder`: it is of
-                release 0.1.0.
+                release 0.1.0. With `owner` or `life` it gets nothing while its name is not its own, or
+                while the broker lives another life than the one it has told all its sandboxes to.
         """
         have = {"memory": 0, "each": 0, "labels": {}, "rooms": {}, "kinds": KINDS, **have}
         answer = self._take(keys=[], args=[host, now(), EVENTS_KEPT, json.dumps(have), most])

@@ -27,7 +27,16 @@ MIN_FREE_BYTES, MIN_FREE_FILES = 64 << 20, 1000
 
 
 def no_room(current: Settings) -> str:
-    """Why this host takes no new sandboxes at the moment; empty while it does."""
+    """Why this host takes no new sandboxes at the moment; empty while it does. For people."""
+    if lacks := no_disk(current):
+        return lacks
+    if current.sandboxes_dir.is_dir() and len(os.listdir(current.sandboxes_dir)) >= current.capacity:
+        return f"full: {current.capacity} sandboxes"
+    return ""
+
+
+def no_disk(current: Settings) -> str:
+    """Why this host could not journal a launch; empty if it can."""
     found = os.statvfs(current.state_dir)
     lacks = ""
     if found.f_bavail * found.f_frsize < MIN_FREE_BYTES:
@@ -36,8 +45,6 @@ def no_room(current: Settings) -> str:
         lacks = f"{MIN_FREE_FILES} inodes"
     if lacks:
         return f"{current.state_dir} has less than {lacks} left: a launch could not be journaled"
-    if current.sandboxes_dir.is_dir() and len(os.listdir(current.sandboxes_dir)) >= current.capacity:
-        return f"full: {current.capacity} sandboxes"
     return ""
 
 
@@ -88,7 +95,9 @@ class Puller:
 
     def _take(self) -> bool:
         """Take what there is room for; False if that was nothing."""
-        reason = no_room(self._settings)
+        # Not by the count of folders: those of sandboxes that have just ended are still there when their
+        # ends ring the bell, and script TAKE counts.
+        reason = no_disk(self._settings)
         if reason != self._said:
             log.log(
                 logging.WARNING if reason else logging.INFO,

@@ -2,6 +2,7 @@
 
 from tasks.keys import BELLS_KEPT, PREFIX
 from tasks.state import MOVES, TERMINAL, State
+from worker.settings import MEMORY_PER_SANDBOX
 
 NO_RECORD = -2  # an answer of PUT
 BROKEN = 3  # an answer of PUT: written, and the batch's rule cannot be met any more
@@ -15,6 +16,7 @@ def _names(states: "frozenset[State] | set[State]") -> str:
 _COMMON = f"""
 local P = '{PREFIX}'
 local TERMINAL = {_names(TERMINAL)}
+local LEAST_BYTES = {MEMORY_PER_SANDBOX}
 local MOVES = {{{",".join(f"['{old}']={_names(set(news))}" for old, news in MOVES.items())}}}
 """ + """
 local function rec(id) return P .. 'sb:' .. id end
@@ -40,6 +42,15 @@ local function leave(id, line)
   redis.call('ZREM', P .. 'queued', id)
   redis.call('ZREM', P .. 'line:' .. line, id)
   if redis.call('EXISTS', P .. 'line:' .. line) == 0 then redis.call('SREM', P .. 'lines', line) end
+end
+
+local function claim(id, host, at, kept)
+  local line, batch, bytes = unpack(redis.call('HMGET', rec(id), 'line', 'batch', 'memory'))
+  redis.call('HSET', rec(id), 'state', 'placed', 'host', host, 'placed_at', at)
+  redis.call('SADD', host_key(host, 'sandboxes'), id)
+  redis.call('HSET', host_key(host, 'memory'), id, bytes and bytes ~= '0' and bytes or LEAST_BYTES)
+  leave(id, line or '')
+  tell(id, batch or '', 'placed', host, at, kept)
 end
 
 -- Of a batch that holds some back: let as many go as its rule allows now.
@@ -150,7 +161,14 @@ if not state then return -2 end
 if only_from ~= '' and only_from ~= state then return -1 end
 old_attempt = tonumber(old_attempt)
 if attempt < old_attempt then return -1 end
-if seq ~= '' and attempt == old_attempt and tonumber(seq) <= tonumber(old_seq or '0') then return 0 end
+if state == 'queued' and seq ~= '' then  -- the broker has lost that a host took it
+  for number = 10, #ARGV, 2 do
+    if ARGV[number] == 'host' then claim(id, ARGV[number + 1], at, kept) end
+  end
+  state = 'placed'
+elseif seq ~= '' and attempt == old_attempt and tonumber(seq) <= tonumber(old_seq or '0') then
+  return 0
+end
 if target ~= state then
   local begins_anew = attempt > old_attempt and not TERMINAL[state]
   if not begins_anew and not MOVES[state][target] then return -1 end
@@ -186,7 +204,9 @@ return account(id, target, at, expiry, kept, now) and 3 or 1
 # then the others; of equals the line whose head has waited longest.
 # ARGV: host, now (text), length of the stream, offer as JSON: capacity, slots, memory (0: not counted), each
 # (bytes for one that asks for none), labels, rooms (of each network; -1: without a limit), kinds of specs,
-# elder (a host of release 0.1.0, whose scripts free no memory and count for no batch); most to take.
+# elder (a host of release 0.1.0, whose scripts free no memory and count for no batch), and where the host
+# says so: owner (of its name), life (of the broker, which knows all that the host has: one that was
+# restarted, or lost its data, counts too little); most to take.
 # Answers: id, attempt, id, attempt, ...
 TAKE = (
     _COMMON
@@ -194,6 +214,12 @@ TAKE = (
 local HAS_LINKS = {egress=true, bundle=true, container=true}  -- the stages after `network`
 local host, at, kept, have, most = ARGV[1], ARGV[2], ARGV[3], cjson.decode(ARGV[4]), tonumber(ARGV[5])
 if drained(host) then return {} end
+if have.owner and have.owner ~= redis.call('GET', host_key(host, 'owner')) then return {} end
+if have.life then
+  local run = string.match(redis.call('INFO', 'server'), 'run_id:(%w+)')
+  local epoch = redis.call('GET', P .. 'epoch')
+  if not epoch or have.life ~= epoch .. '.' .. (run or '') then return {} end
+end
 local held, launching = host_key(host, 'sandboxes'), host_key(host, 'launching')
 
 local function use_rooms(nets)

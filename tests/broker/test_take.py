@@ -11,6 +11,7 @@ from tasks.keys import LINES, PREFIX
 from tasks.record import Record
 from tasks.state import State
 from tests.broker.conftest import take
+from worker import journal
 from worker.settings import Settings
 from worker.spec import make_spec
 
@@ -257,3 +258,42 @@ def test_an_end_and_a_started_program_wake_their_host(record, broker):
     assert rung(record, broker, "h1", lambda: move(record, first, State.LAUNCHING, stage="ready"))
     assert rung(record, broker, "h1", lambda: move(record, second, State.FAILED))
     assert not rung(record, broker, "h2", lambda: move(record, first, State.RUNNING, State.EXITED))
+
+
+# -- a host that must not take ---------------------------------------------------------------------
+
+
+def test_a_machine_whose_name_is_another_ones_now_takes_nothing(record):
+    """It was cut off for so long that its name was free: it hears of that with its next heartbeat."""
+    waiting = enqueue(record, 1)
+    assert take(record, owner="mine") == [], "the broker has forgotten the name"
+    record.take_name("h1", "another")
+    assert take(record, owner="mine") == []
+    assert take(record, owner="another") == waiting
+
+
+def test_a_host_takes_nothing_before_a_broker_that_forgot_knows_what_it_has(record):
+    """Else it would count no sandboxes, and the host would get more than it may have."""
+    life = record.heartbeat("h1", {})
+    old = enqueue(record, 1)
+    assert take(record, capacity=1, life="") == [], "it has told nothing yet"
+    assert take(record, capacity=1, life=life) == old
+    record.client.flushall()
+    new = enqueue(record, 1, start=10)
+    assert take(record, capacity=1, life=life) == []
+    later = record.heartbeat("h1", {})
+    assert later != life
+    assert take(record, capacity=1, life=life) == []
+    assert take(record, capacity=1, life=later) == new
+
+
+def test_what_a_broker_has_forgotten_was_taken_is_its_hosts_once_that_reports(record, tmp_path):
+    """It was restored from older data: the sandbox waits in its line again, and runs already."""
+    (one, other) = enqueue(record, 2)
+    spec = make_spec(args=["true"], network="mynet")
+    known = journal.create(tmp_path, one, attempt=1, batch="b-1", spec=spec)
+    assert record.report(known, "h2") > 0
+    row = record.get(one)
+    assert (row["state"], row["host"]) == ("launching", "h2")
+    assert [wish.container_id for wish in record.wishes_on("h2")] == [one]
+    assert take(record) == [other]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -155,12 +156,23 @@ class System:
         assert self.process is not None
         if self.process.poll() is not None:
             raise AssertionError(f"sandbatch up ended:\n{self.log()}")
-        url = self.env.get("SANDBATCH_BROKER_URL", "")
-        with contextlib.closing(connect(Settings(run_dir=self.run_dir, broker_url=url))) as client:
+        with self.record() as record:
             try:
-                return bool(Record(client).live_hosts())
+                return bool(record.live_hosts())
             except redis.RedisError:
                 return False
+
+    @contextlib.contextmanager
+    def record(self) -> Iterator[Record]:
+        """What the broker knows, seen from the test."""
+        url = self.env.get("SANDBATCH_BROKER_URL", "")
+        with contextlib.closing(connect(Settings(run_dir=self.run_dir, broker_url=url))) as client:
+            yield Record(client)
+
+    def events(self) -> list[dict[str, str]]:
+        """What the record has told so far of sandboxes, oldest first: id, batch, state, host, t."""
+        with self.record() as record:
+            return [event for _, event in record.follow("0-0", 0.001) if event["id"]]
 
     def stop(self) -> None:
         if self.process is not None and self.process.poll() is None:
