@@ -10,6 +10,7 @@ import sys
 import warnings
 from typing import Any
 
+from celery import bootsteps
 from celery.exceptions import SecurityWarning
 from celery.signals import (
     after_task_publish,
@@ -19,6 +20,7 @@ from celery.signals import (
     worker_before_create_process,
     worker_process_init,
 )
+from kombu.transport import redis as redis_transport
 
 from tasks import workflow
 from tasks.app import settings
@@ -33,6 +35,36 @@ from worker.rootfs import host_rootfs
 from worker.settings import Settings
 
 log = logging.getLogger("sandbatch")
+
+
+class QoS(redis_transport.QoS):
+    """Kombu's, which ends the worker where a broker goes away while messages are not acknowledged.
+
+    Celery closes such a connection twice; the first time without success, as nobody listens, and the second
+    time without the transport that it needs to put the messages back.
+    """
+
+    def restore_unacked_once(self, stderr: Any = None) -> None:
+        if self.channel.connection.client is not None:
+            super().restore_unacked_once(stderr=stderr)
+
+
+class TakeBack(bootsteps.StartStopStep):
+    """After a connection that was lost: what it had brought and nobody has begun goes back to its queue.
+
+    Celery drops it, and counts on a broker that notices. What is being worked on comes twice, which its
+    journal makes harmless.
+    """
+
+    requires = ("celery.worker.consumer.connection:Connection",)
+    is_first = True  # the worker's start has taken back what the one before it had
+
+    def start(self, parent: Any) -> None:
+        if not type(self).is_first:
+            log.info("%d messages of the lost connection are back in their queues", take_back_messages())
+        type(self).is_first = False
+
+
 LOCK_WAIT_S = 5.0  # a worker that was just killed takes a moment to be gone
 _worker_pid = 0  # of the main process, known in its children by the fork
 
@@ -83,6 +115,8 @@ def run_worker(*, log_level: str = "INFO") -> None:
     returned = take_back_messages()
     log.info("%d messages of the worker before are back in their queues", returned)
     workflow.app.steps["worker"].add(HostStep)
+    workflow.app.steps["consumer"].add(TakeBack)
+    redis_transport.Channel.QoS = QoS
     # The worker is root on purpose: netns, CNI and runsc need it; only JSON is accepted.
     warnings.filterwarnings("ignore", category=SecurityWarning)
     workflow.this_host()  # the probe runs here once, not in each child
