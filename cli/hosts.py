@@ -75,7 +75,7 @@ def drain(
             raise BadInput("--timeout", "is for --wait", "add --wait")
         client = Client(load_settings())
         facts = _known(client, host)
-        client.record.drain(host, True, why)
+        client.record.drain(host, True, why or (facts.get("drained") or {}).get("why", ""))
         output.out.print(host)
         if facts["state"] != LIVE:
             say(f"host {host} is {since(facts)}: it stays drained when it returns")

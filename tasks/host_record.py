@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import redis
 
-from tasks.host_scripts import ALL, DRAIN, FORGET, MISSING, NAME, RESCHEDULE
+from tasks.host_scripts import ALL, DRAIN, FORGET, LOST_OF, MISSING, NAME, RESCHEDULE
 from tasks.keys import BELL, BELLS_KEPT, DRAINS, EPOCH, EVENTS_KEPT, HOSTS, LAST_HOSTS, host_key
 from tasks.state import TERMINAL, UNKNOWN, State
 from worker.journal import now
@@ -29,6 +29,7 @@ class Hosts:
         self._all_hosts = client.register_script(ALL)
         self._drain = client.register_script(DRAIN)
         self._forget = client.register_script(FORGET)
+        self._lost = client.register_script(LOST_OF)
         self._missing = client.register_script(MISSING)
         self._reschedule = client.register_script(RESCHEDULE)
 
@@ -105,15 +106,13 @@ class Hosts:
 
     def mark_unknown(self, rows: Sequence[Facts]) -> None:
         """Show what a lost host has, and has not ended, as `unknown`; `last_state` is what it said last."""
-        lost: frozenset[str] | None = None
+        there: dict[str, list[Facts]] = {}
         for row in rows:
             row["last_state"] = None
-            if row["host"] is None or row["state"] == State.QUEUED or row["state"] in TERMINAL:
-                continue
-            if lost is None:  # asked only if it matters
-                hosts = self.all_hosts()
-                lost = frozenset(name for name, facts in hosts.items() if facts["state"] == LOST)
-            if row["host"] in lost:
+            if row["host"] is not None and row["state"] != State.QUEUED and row["state"] not in TERMINAL:
+                there.setdefault(row["host"], []).append(row)
+        for host in self._lost(keys=[], args=list(there)) if there else []:
+            for row in there[host]:
                 row["last_state"], row["state"] = row["state"], UNKNOWN
 
     def missing_hosts(self, sweeps: int) -> list[str]:

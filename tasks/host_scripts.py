@@ -40,6 +40,23 @@ return out
 """
 )
 
+# ARGV: names of hosts.  Answers those that are lost.
+LOST_OF = (
+    f"""
+local P = '{PREFIX}'
+"""
+    + """
+local lost = {}
+for _, name in ipairs(ARGV) do
+  if redis.call('EXISTS', P .. 'host:' .. name) == 0 then
+    local last = redis.call('HGET', P .. 'hosts:last', name)
+    if last and not cjson.decode(last).left then lost[#lost + 1] = name end
+  end
+end
+return lost
+"""
+)
+
 # The newest wish is kept; with `force` this one is newer than any, whatever the clocks say.
 # ARGV: host, wish as JSON, '1' for force.  Answers 1 if it is kept.
 DRAIN = (
@@ -117,6 +134,7 @@ local state, owner, asks, batch, replaced, removed, cancelled, stopped = unpack(
   'state', 'host', 'reschedule', 'batch', 'replaced_by', 'removed', 'cancel', 'stop'))
 if not CAN[state] or owner ~= host or not asks then return 0 end
 if replaced or removed or cancelled or stopped then return 0 end
+if redis.call('HGET', P .. 'batch:' .. batch, 'cancelled') then return 0 end  -- its mark is on the way
 for _, field in ipairs({'spec', 'line', 'queue', 'memory', 'nets', 'command', 'reschedule', 'up'}) do
   local value = redis.call('HGET', rec(id), field)
   if value then redis.call('HSET', rec(new), field, value) end

@@ -114,6 +114,14 @@ def test_a_drained_host_takes_nothing_until_it_is_resumed(cli, record, heartbeat
     assert record.all_hosts()["h1"]["drained"] is None
 
 
+def test_who_drains_again_without_a_reason_leaves_the_reason(cli, on_h1):
+    cli("drain", "h1", "--why", "new disk")
+    cli("drain", "h1")
+    assert on_h1.drain_of("h1")["why"] == "new disk"
+    cli("drain", "h1", "--why", "new board")
+    assert on_h1.drain_of("h1")["why"] == "new board"
+
+
 def test_drain_says_that_sandboxes_are_not_moved(cli, on_h1):
     done = cli("drain", "h1")
     assert "2 sandboxes on h1, which are not moved: sandbatch rm --host h1 ends them" in done.stderr

@@ -100,6 +100,14 @@ def test_what_ends_or_is_asked_to_end_is_not_begun_anew(record, sender, broker, 
     assert successors(record, ids) == [None] * 5
 
 
+def test_nothing_is_begun_anew_in_a_batch_that_is_being_cancelled(record, on_h1, client):
+    """Whoever cancels has read which ids there are, and marks them one by one."""
+    record.stop_batch("b-1")
+    silence(client, "h1")
+    sweep(record)
+    assert successors(record, on_h1) == [None, None, None]
+
+
 def test_two_sweepers_make_one(record, on_h1, broker, client):
     silence(client, "h1")
     sweep(record, MISSED_SWEEPS - 1)
