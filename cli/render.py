@@ -82,6 +82,8 @@ def hosts(rows: list[dict[str, Any]]) -> "Table":
     for row in rows:
         drain = row.get("drained")
         notes = ["drained" + (f": {drain['why']}" if drain["why"] else "")] if drain else []
+        if row.get("foreign"):
+            notes.append(f"{row['foreign']} messages of another release wait: upgrade it")
         made.add_row(
             row["name"],
             row["state"],

@@ -7,6 +7,7 @@ from typing import Any
 from worker.journal import now
 from worker.limits import in_words
 from worker.settings import MEMORY_PER_SANDBOX, Settings
+from worker.spec import KINDS
 
 MOST_NAMED = 3  # of hosts, labels, numbers in one line
 
@@ -36,6 +37,7 @@ class Need:
     on: tuple[tuple[str, str], ...]
     networks: tuple[str, ...]
     memory_bytes: int
+    kind: str = KINDS[0]  # of its spec
 
 
 def need_of(row: Mapping[str, Any]) -> Need:
@@ -44,13 +46,15 @@ def need_of(row: Mapping[str, Any]) -> Need:
         spec = row["spec"]
         line = f"host:{spec['host']}" if spec.get("host") else ""
         pairs = tuple(sorted((spec.get("on") or {}).items()))
-        memory = spec.get("memory_bytes")
+        memory, kind = spec.get("memory_bytes"), spec.get("kind")
     else:
-        line, pairs, memory = row.get("queue") or "", (), row.get("memory")
+        line, pairs, memory, kind = row.get("queue") or "", (), row.get("memory"), row.get("kind")
+        if not line and row.get("host"):  # of a client of release 0.1.0
+            line = f"host:{row['host']}"
     if line.startswith("on:"):
         pairs = tuple((name, value) for name, _, value in (one.partition("=") for one in line[3:].split(",")))
     host = line[5:] if line.startswith("host:") else None
-    return Need(host, pairs, tuple(row["networks"]), int(memory or MEMORY_PER_SANDBOX))
+    return Need(host, pairs, tuple(row["networks"]), int(memory or MEMORY_PER_SANDBOX), kind or KINDS[0])
 
 
 def unavailable(facts: Facts) -> str:
@@ -68,6 +72,8 @@ def _never(need: Need, facts: Facts) -> str:
     """What a wait will not change."""
     if need.host not in (None, facts["name"]):
         return f"it is not {need.host}"
+    if not _knows(need, facts):
+        return f"has release {facts['version']}, which does not know {need.kind}: upgrade it"
     if lacking := _lacking(need.on, facts):
         return f"has no label {lacking}"
     for name in need.networks:
@@ -100,6 +106,10 @@ def _not_now(need: Need, facts: Facts) -> tuple[str, str]:
     if facts.get("launching", 0) >= facts["slots"]:
         return "busy", f"launches as many at once as it may ({facts['launching']} of {facts['slots']})"
     return "", ""
+
+
+def _knows(need: Need, facts: Facts) -> bool:
+    return need.kind in facts.get("kinds", KINDS[:1])  # release 0.1.0 does not say which
 
 
 def _lacking(on: Iterable[tuple[str, str]], facts: Facts) -> str:
@@ -155,6 +165,9 @@ def _named(facts: Facts) -> str:
 
 def _no_such_host(need: Need, live: Sequence[Facts], hosts: Mapping[str, Facts]) -> str:
     """What none of the hosts that live has."""
+    if not any(_knows(need, facts) for facts in live):
+        releases = _some(f"{facts['name']} has release {facts['version']}" for facts in live)
+        return f"no host that is up knows {need.kind} ({releases}): upgrade one"
     labelled = [facts for facts in live if not _lacking(need.on, facts)]
     if not labelled:
         wanted = ", ".join(f"{name}={value}" for name, value in need.on)

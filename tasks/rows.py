@@ -15,7 +15,7 @@ from tasks.record import Record
 Row = dict[str, Any]
 FIELDS = (
     *("id", "batch", "state", "stage", "host", "ip", "created_at", "exit_code", "error", "removed"),
-    *("publish", "queue", "nets", "memory", "command", "held", "replaced_by"),
+    *("publish", "queue", "nets", "memory", "command", "held", "replaced_by", "line"),
 )
 STATE = FIELDS.index("state")
 
@@ -58,6 +58,8 @@ def _row(fields: list[str | None]) -> Row:
     row["error"] = json.loads(row["error"]) if row["error"] else None
     row["removed"] = row["removed"] == "1"
     row["held"] = row["held"] == "1"
+    line = row.pop("line")
+    row["kind"] = line.split("|")[1] if line else None
     row["publish"] = json.loads(row["publish"]) if row["publish"] else []
     row["networks"] = row["nets"].split(",") if row["nets"] else []
     row["memory"] = int(row["memory"]) if row["memory"] else None

@@ -32,7 +32,11 @@ def explain(record: Record, rows: Sequence[Row]) -> None:
                 batches[row["batch"]] = record.batch(row["batch"])
             row["why"] = why_queued(row, hosts, batches[row["batch"]])
         else:
-            key = row["id"] if "spec" in row else (row["queue"], row["memory"], row["nets"])
+            key = (
+                row["id"]
+                if "spec" in row
+                else tuple(row[name] for name in ("queue", "kind", "host", "memory", "nets"))
+            )
             need = needs[key] = needs.get(key) or need_of(row)
             if need not in answers:
                 answers[need] = why(need, hosts)

@@ -15,6 +15,7 @@ from tasks.rows import read
 from tasks.state import State
 from tasks.submit import remove, submit
 from tasks.sweeper import sweep_fleet
+from tasks.whys import explain
 from tests.broker.conftest import take
 from tests.broker.test_submit import arguments, queues
 from worker.journal import now
@@ -237,6 +238,8 @@ def test_its_records_are_shown_and_removed(sender, record, elder, client):
     assert rows[IDS[0]]["command"] == "python3 -m http.server"
     assert rows[IDS[0]]["labels"] == {"a": "b"}
     assert [rows[one]["host"] for one in IDS] == [None, "h1", "old"]
+    explain(record, list(rows.values()))
+    assert [rows[one]["why"] for one in IDS] == ["no host is up", "host h1 is not known", None]
     remove(sender, record, record.get_all(list(IDS)))
     assert [row["state"] for row in record.get_all(list(IDS))] == ["cancelled", "cancelled", "placed"]
     assert [one["headers"]["task"] for one in queues(client)["host.old", 0]] == ["sandbatch.unwind"]
@@ -247,11 +250,13 @@ def test_its_records_are_shown_and_removed(sender, record, elder, client):
 # -- releases to come ----------------------------------------------------------------------------
 
 
-def test_a_spec_of_an_unknown_kind_waits_for_a_host_that_knows_it(record, elder, client):
+def test_a_spec_of_an_unknown_kind_waits_for_a_host_that_knows_it(record, elder, cli, heartbeat):
     """Whoever wrote it, and without holding up the rest."""
     elder.enqueue(IDS[0], json.dumps({"kind": "spec/v9", "program": {"words": ["true"]}}))
     elder.enqueue(IDS[1])
     record.offer_again(0)
     assert take(record) == [IDS[1]]
-    assert record.get(IDS[0])["state"] == "queued"
+    heartbeat()
+    (row,) = cli.json("ls", "--state", "queued")
+    assert row["why"] == "no host that is up knows spec/v9 (here has release 0.2.0): upgrade one"
     assert take(record, "h9", kinds=["spec/v1", "spec/v2", "spec/v9"]) == [IDS[0]]

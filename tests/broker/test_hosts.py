@@ -82,7 +82,7 @@ def test_a_host_of_the_release_before_is_lost_too(record, heartbeat, client):
 
 
 def test_hosts_shows_room_state_labels_and_drain(cli, on_h1, heartbeat, client):
-    heartbeat("h1", pulls=True, memory=2**34, load=0.5, cpus=2, labels={"gpu": "true"}, runsc="release-1")
+    heartbeat("h1", memory=2**34, load=0.5, cpus=2, labels={"gpu": "true"}, runsc="release-1", foreign=2)
     on_h1.drain("h1", True, "new disk")
     silence(client, "h2")
     rows = {row["name"]: row for row in cli.json("hosts")}
@@ -92,7 +92,7 @@ def test_hosts_shows_room_state_labels_and_drain(cli, on_h1, heartbeat, client):
     assert header.split()[:7] == ["HOST", "STATE", "HEARTBEAT", "SANDBOXES", "LAUNCHING", "MEMORY", "LOAD"]
     assert first.split()[3:9] == ["2/10", "1/4", "0.0/16.0g", "0.5/2", "0.2.0", "release-1"]
     assert "gpu=true" in first
-    assert first.endswith("drained: new disk")
+    assert first.endswith("drained: new disk; 2 messages of another release wait: upgrade it")
     assert second.split()[:2] == ["h2", "lost"]
 
 

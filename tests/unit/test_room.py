@@ -11,7 +11,14 @@ HEARTBEAT = "2026-01-02T12:00:03.250Z"
 
 def host(name: str, **facts: Any) -> dict[str, Any]:
     known = {"name": name, "state": "live", "heartbeat_at": HEARTBEAT, "capacity": 100, "sandboxes": 0}
-    known |= {"slots": 4, "launching": 0, "memory": 16 * 2**30, "memory_asked": 0, "labels": {}}
+    known |= {
+        "slots": 4,
+        "launching": 0,
+        "memory": 16 * 2**30,
+        "memory_asked": 0,
+        "labels": {},
+        "version": "0.1.0",
+    }
     return {**known, "networks": ["n"], "network_room": {"n": None}, "drained": None, **facts}
 
 
@@ -57,6 +64,12 @@ FULL = {"sandboxes": 100}
          "network n has no free address or port on a, b"),
         ({}, [host("a", launching=4)], "host a launches as many at once as it may (4 of 4)"),
         ({}, [host("a", not_ready="disk full")], "host a is not ready: disk full"),
+        ({"kind": "spec/v2", "on": {"gpu": "true"}}, [host("a"), host("b")],
+         "no host that is up knows spec/v2 (a has release 0.1.0, b has release 0.1.0): upgrade one"),
+        ({"kind": "spec/v9"}, [host("a"), host("b", version="0.9.0", kinds=["spec/v9"], **FULL)],
+         "host b is full (100 of 100)"),
+        ({"kind": "spec/v2", "host": "a"}, [host("a")],
+         "host a has release 0.1.0, which does not know spec/v2: upgrade it"),
     ],
 )  # fmt: skip
 def test_why_a_sandbox_waits(asked, hosts, words):
