@@ -55,7 +55,7 @@ def wait_for(client: Any, is_true: Callable[[], bool], log: Path) -> None:
         client.config_set("notify-keyspace-events", "KA")
         told.psubscribe("__keyspace@0__:sandbatch:*")
         while not is_true():
-            assert told.get_message(timeout=15) is not None, log.read_text()
+            assert told.get_message(timeout=50) is not None, log.read_text()
 
 
 def aside(client: Any) -> list[dict[str, Any]]:
