@@ -22,14 +22,15 @@ def hand_out(app: Celery, record: Record) -> None:
     record.count_moved()
     for host, facts in record.live_hosts().items():
         if not facts.get("pulls") and not facts.get("not_ready"):
-            taken = record.take(host, _offer(facts))
+            taken = record.take(host, _offer(facts, len(record.ids_on(host))))
             # Should this not be heard: its own sweep publishes again what has no journal.
             publish_place(app, [(container_id, attempt, host) for container_id, attempt in taken])
 
 
-def _offer(facts: Mapping[str, Any]) -> dict[str, Any]:
+def _offer(facts: Mapping[str, Any], known: int) -> dict[str, Any]:
+    """`known`: sandboxes that the record has there; a broker that lost its data has fewer than the host."""
     return {
-        "capacity": facts["capacity"],
+        "capacity": facts["capacity"] - max(0, facts["sandboxes"] - known),
         "slots": facts["slots"] * AT_ONCE,
         "rooms": dict.fromkeys(facts["networks"], -1),
         "kinds": KINDS[:1],
