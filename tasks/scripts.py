@@ -269,7 +269,7 @@ local function has_rooms(nets, is_pinned)
   return true
 end
 
-local lines = {}
+local lines, pinned, shared = {}, 0, 0
 for _, name in ipairs(redis.call('SMEMBERS', P .. 'lines')) do
   local where, kind, bytes, nets = string.match(name, '^([^|]*)|([^|]*)|([^|]*)|([^|]*)$')
   local rank = where and kinds[kind] and rank_of(where)
@@ -279,9 +279,18 @@ for _, name in ipairs(redis.call('SMEMBERS', P .. 'lines')) do
     local head = redis.call('ZRANGE', P .. 'line:' .. name, 0, 0, 'WITHSCORES')
     if head[1] then
       lines[#lines + 1] = {name=name, rank=rank, since=tonumber(head[2]), needs=needs, nets=nets}
+      local count = redis.call('ZCARD', P .. 'line:' .. name)
+      if rank == 1 then pinned = pinned + count else shared = shared + count end
     end
   end
 end
+
+-- No more than its share in one look: the same bell has woken the others, and a few are to be spread, too.
+local live = 0
+for _, name in ipairs(redis.call('SMEMBERS', P .. 'hosts')) do
+  live = live + redis.call('EXISTS', P .. 'host:' .. name)
+end
+most = math.min(most, pinned + math.ceil(shared / math.max(1, live)))
 
 local taken = {}
 while #taken < 2 * most do

@@ -55,6 +55,17 @@ def test_a_host_takes_no_more_than_its_capacity_at_any_moment(record):
     assert [row["state"] for row in record.get_all(waiting)].count("queued") == 20
 
 
+def test_a_host_takes_its_share_in_one_look(record, heartbeat):
+    """One bell wakes all hosts: the first of them is not to take all of a few."""
+    for host in ("h1", "h2", "h3"):
+        heartbeat(host)
+    waiting = enqueue(record, 4)
+    pinned = enqueue(record, 2, start=10, host="h1")
+    assert take(record, "h1") == [*pinned, *waiting[:2]]
+    assert take(record, "h2") == waiting[2:3]
+    assert take(record, "h1") == waiting[3:]
+
+
 def test_a_sandbox_that_has_ended_makes_room(record):
     waiting = enqueue(record, 3)
     assert take(record, capacity=1) == waiting[:1]
