@@ -6,6 +6,7 @@ from typing import Any
 from celery import Celery
 from kombu import Exchange, Queue
 
+from tasks import transport
 from worker.settings import Settings, load_settings
 
 LAUNCH_QUEUE = "launch"
@@ -65,6 +66,7 @@ def transport_options(owner: str) -> dict[str, Any]:
 
 def make_app(current: Settings, owner: str) -> Celery:
     """A Celery app on the broker of the settings; `owner` is a host, or "client"."""
+    transport.install()
     is_host = owner != "client"
     task_cls = "tasks.foreign:OrderTask" if is_host else None
     app = Celery("sandbatch", broker=broker_url(current), set_as_current=False, task_cls=task_cls)
