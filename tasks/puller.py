@@ -61,6 +61,7 @@ class Puller:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="puller", daemon=True)
         self._said = ""
+        self._taken: list[tuple[str, int]] = []  # and not yet published
 
     def start(self) -> None:
         """Begin to take; once only."""
@@ -107,7 +108,9 @@ class Puller:
         if reason:
             return False
         host = self._settings.host
-        taken = self._record.take(host, self._offer())
+        if not self._taken:  # else its message could not be sent: the broker went away between the two
+            self._taken = self._record.take(host, self._offer())
         # Should this not be heard: the sweep of this host publishes again what has no journal.
-        publish_place(self._app, [(container_id, attempt, host) for container_id, attempt in taken])
-        return bool(taken)
+        publish_place(self._app, [(container_id, attempt, host) for container_id, attempt in self._taken])
+        count, self._taken = len(self._taken), []
+        return count > 0
