@@ -24,7 +24,8 @@ HELP = """\
   audit [N…]                       the audits of hosts that are on
   help | quit                      or Ctrl-C: everything goes, and nothing stays
   anything else                    a sandbatch command from a machine that is no host, such as:
-                                   hosts | run --count 20 --wait -- sleep 60 | ls | rm --all"""
+                                   hosts | run --count 20 --wait -- sleep 60 | ls | drain h3 | resume h3
+                                   batch FILE | wait --batch NAME | rm --all"""
 
 
 class Prompt:
