@@ -157,7 +157,8 @@ def _events_twice(system: StormSystem, rows: dict[str, dict[str, Any]]) -> list[
     with system.client() as client:
         assert client is not None
         with contextlib.suppress(redis.RedisError):
-            events = [fields for _, fields in client.record.client.xrange(EVENTS)]
+            told = [fields for _, fields in client.record.client.xrange(EVENTS)]
+    events = [one for one in told if one["id"]]  # the others are of batches
     seen = Counter((one["id"], one["state"]) for one in events if one["state"] in ("running", *TERMINAL))
     again = {one for one, row in rows.items() if row["spec"]["restart"] != "no"}
     twice = [
