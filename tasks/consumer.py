@@ -20,7 +20,6 @@ from celery.signals import (
     worker_before_create_process,
     worker_process_init,
 )
-from kombu.transport import redis as redis_transport
 
 from tasks import workflow
 from tasks.app import settings
@@ -35,18 +34,6 @@ from worker.rootfs import host_rootfs
 from worker.settings import Settings
 
 log = logging.getLogger("sandbatch")
-
-
-class QoS(redis_transport.QoS):
-    """Kombu's, which ends the worker where a broker goes away while messages are not acknowledged.
-
-    Celery closes such a connection twice; the first time without success, as nobody listens, and the second
-    time without the transport that it needs to put the messages back.
-    """
-
-    def restore_unacked_once(self, stderr: Any = None) -> None:
-        if self.channel.connection.client is not None:
-            super().restore_unacked_once(stderr=stderr)
 
 
 class TakeBack(bootsteps.StartStopStep):
@@ -116,7 +103,6 @@ def run_worker(*, log_level: str = "INFO") -> None:
     log.info("%d messages of the worker before are back in their queues", returned)
     workflow.app.steps["worker"].add(HostStep)
     workflow.app.steps["consumer"].add(TakeBack)
-    redis_transport.Channel.QoS = QoS
     # The worker is root on purpose: netns, CNI and runsc need it; only JSON is accepted.
     warnings.filterwarnings("ignore", category=SecurityWarning)
     workflow.this_host()  # the probe runs here once, not in each child

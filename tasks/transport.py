@@ -1,6 +1,6 @@
-"""kombu's Redis transport; a channel keeps one client instead of making one for each message and each answer.
+"""kombu's Redis transport, of which a lost connection ends no worker, and whose channels keep their client.
 
-Making it was a ninth of what a worker's main process did in a launch: redis-py sets up its whole
+Making a client was a ninth of what a worker's main process did in a launch: redis-py sets up its whole
 configuration each time, and the pool of connections is the same.
 """
 
@@ -9,8 +9,23 @@ from typing import Any
 from kombu.transport import TRANSPORT_ALIASES, redis
 
 
+class QoS(redis.QoS):
+    """Kombu's, which ends the worker where a broker goes away while messages are not acknowledged.
+
+    Celery closes such a connection twice; the first time without success, as nobody listens, and the second
+    time without the transport that it needs to put the messages back.
+    """
+
+    def restore_unacked_once(self, stderr: Any = None) -> None:
+        connection = self.channel.connection
+        if connection is not None and connection.client is not None:
+            super().restore_unacked_once(stderr=stderr)
+
+
 class Channel(redis.Channel):
     """As kombu's."""
+
+    QoS = QoS
 
     _kept: Any = None
 

@@ -37,9 +37,9 @@ def settings(broker: Settings, tmp_path: Any) -> Settings:
 def on_h1(record: Record, heartbeat: Any) -> Record:
     """h1 runs A and launches B; h2 has nothing."""
     heartbeat("h1", pulls=True, memory=2**34)
-    heartbeat("h2", pulls=True, memory=2**34)
     record.enqueue("b-1", [(A, SPEC), (B, SPEC)])
     assert take(record, "h1", memory=2**34, each=2**20) == [A, B]
+    heartbeat("h2", pulls=True, memory=2**34)  # only now: h1 would have taken its share
     assert record.put(A, State.RUNNING, 1, {}) == 1
     return record
 

@@ -30,9 +30,9 @@ STAYS = make_spec(args=["sleep", "60"], network="mynet")
 def on_h1(record: Record, heartbeat: Any, sender: Any, broker: Any) -> list[str]:
     """Three of a batch on h1: two that move, of which the first runs, and one that stays and runs."""
     heartbeat("h1", pulls=True)
-    heartbeat("h2", pulls=True)
     _, ids = submit(sender, record, broker, [MOVES, MOVES, STAYS], "b-1", BatchPlan(success="all"))
     assert sorted(take(record, "h1")) == sorted(ids)
+    heartbeat("h2", pulls=True)  # only now: h1 would have taken its share
     for number in (0, 2):
         assert record.put(ids[number], State.RUNNING, 1, {}) == 1
     return ids
