@@ -64,6 +64,15 @@ def test_its_launches_end_without_a_word_and_make_room_at_the_next_sweep(
     assert [wish.container_id for wish in record.wishes_on("old")] == sorted(ids)
 
 
+def test_what_only_the_host_knows_of_takes_room_too(sender, record, broker, client, elder):
+    """The broker has lost its data, and the host has not told it yet."""
+    elder.beat(capacity=3, sandboxes=2)
+    record.heartbeat("new", {**WORDS["facts"], "pulls": True})
+    _, ids = submit(sender, record, broker, [SPEC] * 3)
+    hand_out(sender, record)
+    assert placed_on(client, "old") == ids[:1]
+
+
 @pytest.mark.parametrize(
     "facts", [{"not_ready": "full: 3 sandboxes"}, {"pulls": True}, {"networks": ["another"]}]
 )
