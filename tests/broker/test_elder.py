@@ -64,6 +64,16 @@ def test_its_launches_end_without_a_word_and_make_room_at_the_next_sweep(
     assert [wish.container_id for wish in record.wishes_on("old")] == sorted(ids)
 
 
+def test_its_sweep_does_not_stand_in_for_ours(sender, record, broker, client, elder):
+    """Whose looks fall just behind each other: it would get nothing, and batches would not end."""
+    elder.beat()
+    record.heartbeat("new", {**WORDS["facts"], "pulls": True})
+    _, ids = submit(sender, record, broker, [SPEC])
+    client.set(f"{PREFIX}sweeper", "1", nx=True, px=5000)  # as it does
+    sweep_fleet(sender, record)
+    assert placed_on(client, "old") == ids
+
+
 def test_what_only_the_host_knows_of_takes_room_too(sender, record, broker, client, elder):
     """The broker has lost its data, and the host has not told it yet."""
     elder.beat(capacity=3, sandboxes=2)
