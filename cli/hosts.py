@@ -80,7 +80,8 @@ def drain(
         if facts["state"] != LIVE:
             say(f"host {host} is {since(facts)}: it stays drained when it returns")
         elif not facts.get("pulls"):
-            say(f"host {host} is of release {facts.get('version')}, which knows no drain: upgrade it")
+            release = facts.get("version")
+            say(f"host {host} is of release {release}: what clients of that release send it still takes")
         left = len(client.record.ids_on(host))
         if left:
             say(

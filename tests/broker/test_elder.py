@@ -64,6 +64,19 @@ def test_its_launches_end_without_a_word_and_make_room_at_the_next_sweep(
     assert [wish.container_id for wish in record.wishes_on("old")] == sorted(ids)
 
 
+def test_one_that_is_drained_gets_nothing_until_it_is_resumed(sender, record, broker, client, elder):
+    elder.beat()
+    record.heartbeat("new", {**WORDS["facts"], "pulls": True})
+    pinned = make_spec(args=["true"], network="mynet", host="old")
+    record.drain("old", True)
+    _, ids = submit(sender, record, broker, [SPEC, pinned])
+    hand_out(sender, record)
+    assert placed_on(client, "old") == []
+    record.drain("old", False)
+    hand_out(sender, record)
+    assert placed_on(client, "old") == [ids[1], ids[0]]
+
+
 def test_its_sweep_does_not_stand_in_for_ours(sender, record, broker, client, elder):
     """Whose looks fall just behind each other: it would get nothing, and batches would not end."""
     elder.beat()
