@@ -22,9 +22,11 @@ def hand_out(app: Celery, record: Record) -> None:
     record.count_moved()
     for host, facts in record.live_hosts().items():
         if not facts.get("pulls") and not facts.get("not_ready"):
-            taken = record.take(host, _offer(facts, len(record.ids_on(host))))
-            # Should this not be heard: its own sweep publishes again what has no journal.
-            publish_place(app, [(container_id, attempt, host) for container_id, attempt in taken])
+            have = _offer(facts, len(record.ids_on(host)))
+            # More than its share: the others were woken at once, and have had theirs.
+            while taken := record.take(host, have):
+                # Should this not be heard: its own sweep publishes again what has no journal.
+                publish_place(app, [(container_id, attempt, host) for container_id, attempt in taken])
 
 
 def _offer(facts: Mapping[str, Any], known: int) -> dict[str, Any]:

@@ -40,6 +40,8 @@ def placed_on(client: Any, host: str) -> list[str]:
 def test_a_host_of_the_release_before_gets_what_it_has_room_for(sender, record, broker, client, elder):
     elder.beat(capacity=3)
     record.heartbeat("new", {**WORDS["facts"], "pulls": True})
+    for name in ("full", "drained"):  # a share for each of them would take many sweeps
+        record.heartbeat(name, {**WORDS["facts"], "pulls": True})
     _, ids = submit(sender, record, broker, [SPEC] * 5)
     assert queues(client) == {}
     sweep_fleet(sender, record)
