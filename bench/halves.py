@@ -54,6 +54,11 @@ def web_server(host: str | None) -> Spec:
     return make_spec(args=args, cwd="/var/www/html", ready=f"http:{PORT}/", host=host)
 
 
+def sleeper(host: str | None) -> Spec:
+    """A program that costs next to nothing: what is left is the launch itself."""
+    return make_spec(args=["sleep", "86400"], host=host)
+
+
 class MemoryJournal(Journal):
     """A journal that is nowhere but in memory: what the stages need of one, at no cost."""
 
@@ -123,10 +128,12 @@ class Ours:
 
     name = "ours"
 
-    def __init__(self, settings: Settings, environment: dict[str, str], at_a_time: int) -> None:
+    def __init__(
+        self, settings: Settings, environment: dict[str, str], at_a_time: int, spec: Spec | None = None
+    ) -> None:
         self._settings = settings
         self._at_a_time = at_a_time
-        self._spec = web_server(settings.host)
+        self._spec = spec or web_server(settings.host)
         self._log = settings.run_dir / "up.log"
         settings.run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
         with self._log.open("w") as log:

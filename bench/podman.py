@@ -1,6 +1,6 @@
 """The same launches through sandbatch and through podman, both with runsc, by their ratio.
 
-    python -m bench.podman -n 16 -p 4 [--rounds 3] [--json]
+    python -m bench.podman -n 16 -p 4 [--rounds 3] [--idle] [--json]
 
 A sandbox runs the web server of the tutorial from the same read-only root on a CNI bridge, and is up once it
 answers HTTP 200. runsc has `network=host` for both, the host's stack in the sandbox's own netns: with its own
@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.ground import Ground, enter_own_namespaces, say
-from bench.halves import Ours, Row, web_server
+from bench.halves import Ours, Row, sleeper, web_server
 from bench.launch import OUT, interrupts
 from worker.doctor import check_host
 from worker.errors import HostNotReady, SandbatchError
@@ -43,6 +43,7 @@ from worker.prober import until_ready
 from worker.rootfs import host_rootfs
 from worker.runsc import find_binary
 from worker.settings import Settings
+from worker.spec import Spec
 from worker.stages import make_host
 
 GOAL = 1.5
@@ -57,10 +58,10 @@ class Podman:
 
     name = "podman"
 
-    def __init__(self, settings: Settings, folder: Path, at_a_time: int) -> None:
+    def __init__(self, settings: Settings, folder: Path, at_a_time: int, spec: Spec) -> None:
         self._folder = folder
         self._at_a_time = at_a_time
-        self._spec = web_server(None)
+        self._spec = spec
         self._cgroup = folder.name
         self._free = [str(FIRST + number) for number in reversed(range(4 * at_a_time + 1000))]
         self._addresses: dict[str, str] = {}
@@ -149,6 +150,9 @@ def main(
     count: Annotated[int, typer.Option("-n", min=1, help="Sandboxes in a round, each half.")] = 16,
     at_a_time: Annotated[int, typer.Option("-p", min=1, help="Launches at a time.")] = 4,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds; the figures are their medians.")] = 3,
+    idle: Annotated[
+        bool, typer.Option("--idle", help="A program that only sleeps, instead of the web server.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="Folder of the raw rows.")] = OUT,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
@@ -158,7 +162,7 @@ def main(
             raise HostNotReady("podman", "not on the PATH", "apt-get install -y podman")
         os.environ["SANDBATCH_RUNSC_NETWORK"] = "host"
         enter_own_namespaces()
-        document, is_clean = _measure(count, at_a_time, rounds, out)
+        document, is_clean = _measure(count, at_a_time, rounds, out, idle=idle)
     except SandbatchError as error:
         print(f"bench: {error}", file=sys.stderr)
         raise typer.Exit(error.exit_code) from None
@@ -174,7 +178,9 @@ def main(
     raise typer.Exit(0 if is_clean else 1)
 
 
-def _measure(count: int, at_a_time: int, rounds: int, out: Path) -> tuple[dict[str, Any], bool]:
+def _measure(
+    count: int, at_a_time: int, rounds: int, out: Path, *, idle: bool
+) -> tuple[dict[str, Any], bool]:
     """All rounds, on a ground that is cleared afterwards, whatever happens."""
     CNI_STATE.mkdir(parents=True, exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "sandbatch-bench", CNI_STATE], check=True)  # podman's, in there
@@ -189,9 +195,10 @@ def _measure(count: int, at_a_time: int, rounds: int, out: Path) -> tuple[dict[s
             host = make_host(ground.ours, hides_sysctl=found.hides_sysctl)
             with contextlib.ExitStack() as stack, path.open("w") as file:
                 stack.callback(quiet)
-                ours = Ours(ground.ours, ground.environment(ground.ours), at_a_time)
+                spec = (sleeper if idle else web_server)(ground.ours.host)
+                ours = Ours(ground.ours, ground.environment(ground.ours), at_a_time, spec)
                 stack.callback(ours.close)
-                podman = Podman(ground.ours, ground.folder("podman"), at_a_time)
+                podman = Podman(ground.ours, ground.folder("podman"), at_a_time, spec)
                 stack.callback(podman.close)
                 stack.callback(quiet)
                 for number in range(rounds + 1):  # round 0 warms up and is not counted
@@ -208,7 +215,8 @@ def _measure(count: int, at_a_time: int, rounds: int, out: Path) -> tuple[dict[s
             findings = ground.clear(host)
             for one in findings:
                 say(f"left over: {one.kind} {one.name}: {one.problem} ({one.detail})")
-    facts = {"n": count, "p": at_a_time, "rounds": rounds, "runsc": found.version, "rows": str(path)}
+    facts: dict[str, Any] = {"idle": idle}
+    facts |= {"n": count, "p": at_a_time, "rounds": rounds, "runsc": found.version, "rows": str(path)}
     say(f"rows: {path}")
     return {**facts, **summary(laps), "audit": len(findings)}, not findings
 
@@ -241,7 +249,10 @@ def summary(laps: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(document: dict[str, Any]) -> Table:
-    title = "{n} sandboxes, {p} at a time, median of {rounds} rounds, runsc {runsc}".format(**document)
+    what = "idle sandboxes" if document["idle"] else "web servers"
+    title = "{n} {what}, {p} at a time, median of {rounds} rounds, runsc {runsc}".format(
+        what=what, **document
+    )
     made = Table("", "sandbatch", "podman", "ratio", "goal", title=title)
     for way, words in (("up", "up, a second"), ("down", "down, a second")):
         ratio = document[f"{way}_ratio"]

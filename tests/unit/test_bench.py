@@ -101,7 +101,7 @@ def test_podman_is_compared_round_by_round() -> None:
     found = podman.summary(laps)
     assert (found["ours_up"], found["podman_up"], found["up_ratio"]) == (6.0, 4.0, 2.0)
     assert (found["down_ratio"], found["load"]) == (2.0, 3.0)
-    document = {"n": 4, "p": 2, "rounds": 3, "runsc": "r1", **found}
+    document = {"n": 4, "p": 2, "rounds": 3, "runsc": "r1", "idle": True, **found}
     console = Console(file=io.StringIO(), width=120)
     console.print(podman.table(document))
     assert "≥ 1.5: met" in console.file.getvalue()  # type: ignore[attr-defined]
