@@ -1,7 +1,7 @@
 """The Lua scripts of the record that are about hosts."""
 
 from tasks.keys import PREFIX
-from tasks.scripts import _COMMON as COMMON
+from tasks.scripts import COMMON
 
 # KEYS: owner of a host's name.  ARGV: owner, seconds.
 NAME = """

@@ -13,7 +13,7 @@ def _names(states: "frozenset[State] | set[State]") -> str:
 
 
 # What the scripts share. Keys are made here, by name: sandbatch needs one Redis, not a cluster.
-_COMMON = f"""
+COMMON = f"""
 local P = '{PREFIX}'
 local TERMINAL = {_names(TERMINAL)}
 local LEAST_BYTES = {MEMORY_PER_SANDBOX}
@@ -152,7 +152,7 @@ end
 # of the stream, the state that it must be in ('' = any), now (s), then field, value, ...
 # Answers: 1 written, 0 nothing new, -1 fenced off (an older attempt, or no such move), NO_RECORD, BROKEN.
 PUT = (
-    _COMMON
+    COMMON
     + """
 local id, target, at, attempt, seq = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5]
 local expiry, kept, only_from, now = ARGV[6], ARGV[7], ARGV[8], ARGV[9]
@@ -209,7 +209,7 @@ return account(id, target, at, expiry, kept, now) and 3 or 1
 # restarted, or lost its data, counts too little); most to take.
 # Answers: id, attempt, id, attempt, ...
 TAKE = (
-    _COMMON
+    COMMON
     + """
 local HAS_LINKS = {egress=true, bundle=true, container=true}  -- the stages after `network`
 local host, at, kept, have, most = ARGV[1], ARGV[2], ARGV[3], cjson.decode(ARGV[4]), tonumber(ARGV[5])
@@ -339,7 +339,7 @@ return taken
 
 # Put sandboxes of the records in their lines. ARGV: now (s), id, ...
 OFFER = (
-    _COMMON
+    COMMON
     + """
 for number = 2, #ARGV do
   local id = ARGV[number]
@@ -353,7 +353,7 @@ ring(P .. 'bell')
 # All of a batch is written: what it holds back may go as its rule says.
 # ARGV: batch, now (text), now (s), expiry, length of the stream.
 CLOSE = (
-    _COMMON
+    COMMON
     + """
 redis.call('HDEL', P .. 'batch:' .. ARGV[1], 'open')
 redis.call('ZREM', P .. 'open', ARGV[1])
@@ -365,7 +365,7 @@ return verdict(ARGV[1], ARGV[2], ARGV[4], ARGV[5]) and 3 or 1
 # Count for their batches what scripts of release 0.1.0 have moved; harmless to repeat.
 # ARGV: now (text), now (s), expiry, length of the stream, id, ...
 COUNT = (
-    _COMMON
+    COMMON
     + """
 for number = 5, #ARGV do
   local id = ARGV[number]

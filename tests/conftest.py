@@ -2,9 +2,13 @@
 
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
+
+# A shell that starts us in the background has this ignored, and so would all commands that we send a Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 PLUGIN_DIRS = (Path("/opt/cni/bin"), Path("/usr/lib/cni"))
 PLUGINS = ("bridge", "host-local", "loopback")
