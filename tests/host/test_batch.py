@@ -48,7 +48,7 @@ def test_a_rule_that_cannot_be_kept_stops_the_rest(clean_system: System):
     )
     done = clean_system.cli("batch", file, "--name", "fast", "--wait", "--timeout", "60", check=False)
     assert done.returncode == 1, done.stderr
-    assert "batch fast cancelled: 0 good, 10 bad of 10" in done.stderr
+    assert "batch fast failed: 0 good, 10 bad of 10" in done.stderr
     assert {one["state"] for one in rows(clean_system, "fast")} == {"cancelled", "exited"}
     assert clean_system.audit() == []
 
