@@ -202,7 +202,8 @@ def test_a_follower_misses_nothing_over_a_kill_of_the_worker(system: System, beg
 
 
 def test_logs_since_tail_time_stamps_and_streams(system: System):
-    script = "echo one; sleep 2; echo two; echo err >&2; printf part; sleep 1000"
+    # conmon reads two pipes: only time puts what comes by one before what comes by the other.
+    script = "echo one; sleep 2; echo two; echo err >&2; sleep 1; printf part; sleep 1000"
     (container_id,) = system.run("--wait", "--", "sh", "-c", script)
     system.wait_until(lambda: b"part" in call(system, "logs", container_id).stdout, 20, "the last word")
     whole = call(system, "logs", container_id)
