@@ -129,11 +129,15 @@ class Hosts:
 
     # -- drain -----------------------------------------------------------------------------------------
 
+    def ring(self, host: str | None = None) -> None:
+        """Wake a host's puller, or all."""
+        self.client.xadd(f"{BELL}:{host}" if host else BELL, {"look": "1"}, maxlen=BELLS_KEPT)
+
     def drain(self, host: str, drained: bool, why: str = "") -> None:
         """Let a host take no more work, or take it again; it need not be up."""
         wish = {"drained": drained, "at": time.time(), "why": why}
         self._drain(keys=[], args=[host, json.dumps(wish), "1"])
-        self.client.xadd(f"{BELL}:{host}", {"look": "1"}, maxlen=BELLS_KEPT)
+        self.ring(host)
 
     def drain_of(self, host: str) -> Facts | None:
         """The newest wish, as {drained, at, why}; None if nobody has ever drained it."""

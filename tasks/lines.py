@@ -78,15 +78,7 @@ class Lines(Batches):
             free = part[: max(0, first - start)]
             pipe = self.client.pipeline()
             for container_id, spec in part:
-                raw: dict[Any, Any] = {
-                    "id": container_id,
-                    "batch": batch,
-                    "attempt": 1,
-                    "state": str(State.QUEUED),
-                    "created_at": at,
-                    "spec": spec.model_dump_json(),
-                    **needs_of(spec),
-                }
+                raw = new_record(container_id, batch, State.QUEUED, at, spec)
                 pipe.hset(sandbox_key(container_id), mapping=raw)
             pipe.zadd(SANDBOXES, {one: score + offset * 1e-6 for offset, (one, _) in enumerate(part, start)})
             pipe.rpush(key + ":ids", *(one for one, _ in part))
@@ -184,10 +176,6 @@ class Lines(Batches):
 
     # -- bells ---------------------------------------------------------------------------------------
 
-    def ring(self, host: str | None = None) -> None:
-        """Wake a host's puller, or all."""
-        self.client.xadd(f"{BELL}:{host}" if host else BELL, {"look": "1"}, maxlen=BELLS_KEPT)
-
     def bells(self, host: str) -> dict[str, str]:
         """Marks in the streams that `wait_for_bell` waits on: from now on."""
         found = {}
@@ -218,9 +206,8 @@ def line_of(spec: Spec) -> str:
 def _needs_of(text: str) -> dict[str, str]:
     try:
         return needs_of(Spec.model_validate_json(text))
-    except (
-        ValueError
-    ):  # of another release: it waits for a host that knows its kind, or refuses it with words
+    except ValueError:
+        # Of another release: it waits for a host that knows its kind, or refuses it with words.
         raw = json.loads(text)
         kind = re.sub(r"[^a-z0-9/.]", "_", str(raw.get("kind")))
         pinned = f"host:{raw['host']}" if HOST_NAME.fullmatch(str(raw.get("host") or "")) else "any"
@@ -241,3 +228,18 @@ def needs_of(spec: Spec) -> dict[str, str]:
         "command": " ".join(spec.args)[:COMMAND_KEPT],
     }
     return {**needs, "reschedule": "1"} if spec.reschedule else needs
+
+
+def new_record(
+    container_id: str, batch: str, state: State, created_at: str, spec: Spec, attempt: int = 1
+) -> dict[Any, Any]:
+    """The fields with which a record begins."""
+    return {
+        "id": container_id,
+        "batch": batch,
+        "attempt": attempt,
+        "state": str(state),
+        "created_at": created_at,
+        "spec": spec.model_dump_json(),
+        **needs_of(spec),
+    }

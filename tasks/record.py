@@ -25,7 +25,7 @@ from tasks.keys import (
     host_key,
     sandbox_key,
 )
-from tasks.lines import Lines, needs_of
+from tasks.lines import Lines, new_record
 from tasks.scripts import MARK, NO_RECORD, PUT
 from tasks.state import TERMINAL, State
 from tasks.view import shape, view
@@ -88,18 +88,10 @@ class Record(Lines, Hosts):
     def _rebuild(self, journal: Journal, host: str) -> None:
         """Begin the record of a sandbox anew: the broker has lost it, the host has not."""
         pipe, container_id, key = self.client.pipeline(), journal.container_id, batch_key(journal.batch)
-        needs = needs_of(journal.spec)
-        raw: dict[Any, Any] = {
-            "id": container_id,
-            "batch": journal.batch,
-            "attempt": journal.attempt,
-            "state": str(State.PLACED),
-            "created_at": journal.created_at,
-            "spec": journal.spec.model_dump_json(),
-            "host": host,
-            **needs,
-        }
-        pipe.hset(sandbox_key(container_id), mapping=raw)
+        raw = new_record(
+            container_id, journal.batch, State.PLACED, journal.created_at, journal.spec, journal.attempt
+        )
+        pipe.hset(sandbox_key(container_id), mapping={**raw, "host": host})
         pipe.zadd(SANDBOXES, {container_id: seconds(journal.created_at)})
         pipe.sadd(host_key(host) + ":sandboxes", container_id)
         memory = journal.spec.memory_bytes or MEMORY_PER_SANDBOX
@@ -186,8 +178,8 @@ class Record(Lines, Hosts):
         """All sandboxes, or those of `ids`, oldest first; the index forgets records that have expired."""
         wanted = list(ids) if ids is not None else self.ids()
         found, gone = [], []
-        for start in range(0, len(wanted), 1000):
-            part = wanted[start : start + 1000]
+        for start in range(0, len(wanted), CHUNK):
+            part = wanted[start : start + CHUNK]
             pipe = self.client.pipeline(transaction=False)
             for container_id in part:
                 pipe.hgetall(sandbox_key(container_id))
@@ -213,7 +205,7 @@ class Record(Lines, Hosts):
 
     def wishes_on(self, host: str) -> list[Wish]:
         """What the record has on a host and not ended."""
-        ids = sorted(cast("set[str]", self.client.smembers(host_key(host) + ":sandboxes")))
+        ids = self.ids_on(host)
         pipe = self.client.pipeline(transaction=False)
         for container_id in ids:
             fields = ["state", "attempt", "removed", "cancel", "replaced_by", "placed_at", "stop"]

@@ -44,11 +44,11 @@ local function leave(id, line)
   if redis.call('EXISTS', P .. 'line:' .. line) == 0 then redis.call('SREM', P .. 'lines', line) end
 end
 
-local function claim(id, host, at, kept)
-  local line, batch, bytes = unpack(redis.call('HMGET', rec(id), 'line', 'batch', 'memory'))
+-- Give a sandbox to a host; `bytes` of its memory are counted, nil: none.
+local function claim(id, host, line, batch, bytes, at, kept)
   redis.call('HSET', rec(id), 'state', 'placed', 'host', host, 'placed_at', at)
   redis.call('SADD', host_key(host, 'sandboxes'), id)
-  redis.call('HSET', host_key(host, 'memory'), id, bytes and bytes ~= '0' and bytes or LEAST_BYTES)
+  if bytes then redis.call('HSET', host_key(host, 'memory'), id, bytes) end
   leave(id, line or '')
   tell(id, batch or '', 'placed', host, at, kept)
 end
@@ -162,8 +162,10 @@ if only_from ~= '' and only_from ~= state then return -1 end
 old_attempt = tonumber(old_attempt)
 if attempt < old_attempt then return -1 end
 if state == 'queued' and seq ~= '' then  -- the broker has lost that a host took it
+  local line, batch, bytes = unpack(redis.call('HMGET', rec(id), 'line', 'batch', 'memory'))
+  if not bytes or bytes == '0' then bytes = LEAST_BYTES end
   for number = 10, #ARGV, 2 do
-    if ARGV[number] == 'host' then claim(id, ARGV[number + 1], at, kept) end
+    if ARGV[number] == 'host' then claim(id, ARGV[number + 1], line, batch, bytes, at, kept) end
   end
   state = 'placed'
 elseif seq ~= '' and attempt == old_attempt and tonumber(seq) <= tonumber(old_seq or '0') then
@@ -187,9 +189,7 @@ if host then
   if left > 0 then ring(P .. 'bell:' .. host) end
 end
 if target == state then return 1 end
-if state == 'queued' then
-  leave(id, line or '')
-end
+if state == 'queued' then leave(id, line or '') end
 if TERMINAL[target] then
   redis.call('HSETNX', rec(id), 'ended_at', at)
   redis.call('EXPIRE', rec(id), expiry)
@@ -316,18 +316,15 @@ while #taken < 2 * most do
     elseif removed or cancelled then  -- whoever marked it is about to end it
       best.skip = (best.skip or 0) + 1
     else
-      redis.call('HSET', rec(id), 'state', 'placed', 'host', host, 'placed_at', at)
-      redis.call('SADD', held, id)
-      redis.call('SADD', launching, id)
+      local bytes = best.needs
       if have.elder then
         redis.call('SADD', P .. 'uncounted', id)
-      else
-        redis.call('HSET', host_key(host, 'memory'), id, best.needs)
+        bytes = nil
       end
-      leave(id, best.name)
+      redis.call('SADD', launching, id)
+      claim(id, host, best.name, batch, bytes, at, kept)
       memory = memory - best.needs
       use_rooms(best.nets)
-      tell(id, batch or '', 'placed', host, at, kept)
       taken[#taken + 1] = id
       taken[#taken + 1] = attempt
     end

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from tasks.host_record import LIVE
 from tasks.record import Record
 from tasks.room import Need, moment, need_of, why, why_queued
 from tasks.state import UNKNOWN, State
@@ -45,7 +46,7 @@ def explain(record: Record, rows: Sequence[Row]) -> None:
 
 def _lost(row: Row, hosts: dict[str, Any]) -> str:
     facts = hosts.get(row["host"])
-    if facts is None or facts["state"] == "live":
+    if facts is None or facts["state"] == LIVE:
         return f"host {row['host']} has just returned"
     words = f"host {row['host']} is lost since {moment(facts['heartbeat_at'])}, it was {row['last_state']}"
     return f"{words}; replaced by {row['replaced_by']}" if row["replaced_by"] else words
