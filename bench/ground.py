@@ -10,9 +10,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import redis
+import typer
+from kombu.exceptions import OperationalError
 from pyroute2 import IPRoute
 
 from worker import journal
@@ -120,3 +124,18 @@ class Ground:
 
     def _make(self, half: str, common: dict[str, Any]) -> Settings:
         return load_settings(state_dir=self._disk / half, run_dir=self._memory / half, **common)
+
+
+@contextlib.contextmanager
+def errors_for_humans() -> Iterator[None]:
+    """End the program with a line and an exit code, as the command line does."""
+    try:
+        yield
+    except SandbatchError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from None
+    except (redis.RedisError, OperationalError) as error:
+        print(f"bench: broker: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None

@@ -13,24 +13,20 @@ import contextlib
 import json
 import signal
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import redis
 import typer
-from kombu.exceptions import OperationalError
 from rich.console import Console
 from rich.table import Table
 
-from bench.ground import Ground, enter_own_namespaces, say
+from bench.ground import Ground, enter_own_namespaces, errors_for_humans, say
 from bench.halves import Bare, Ours, Row
 from bench.meter import Meter
 from worker.doctor import check_host
-from worker.errors import SandbatchError
 from worker.probe_runsc import probe
 from worker.stages import Host, make_host
 
@@ -66,17 +62,9 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Launch sandboxes with and without sandbatch, and compare."""
-    try:
+    with errors_for_humans():
         enter_own_namespaces()
         laps, facts, is_clean = _measure(count, at_a_time, rounds, ("bare",) if bare else ("ours", "bare"))
-    except SandbatchError as error:
-        print(f"bench: {error}", file=sys.stderr)
-        raise typer.Exit(error.exit_code) from None
-    except (redis.RedisError, OperationalError) as error:
-        print(f"bench: broker: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
     document = {"n": count, "p": at_a_time, "rounds": rounds, **facts, **summary(laps)}
     if as_json:
         print(json.dumps(document, indent=2))

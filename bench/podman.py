@@ -17,7 +17,6 @@ import os
 import shutil
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,13 +25,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, cast
 
-import redis
 import typer
-from kombu.exceptions import OperationalError
 from rich.console import Console
 from rich.table import Table
 
-from bench.ground import Ground, enter_own_namespaces, say
+from bench.ground import Ground, enter_own_namespaces, errors_for_humans, say
 from bench.halves import Ours, Row, sleeper, web_server
 from bench.launch import OUT, interrupts
 from worker.doctor import check_host
@@ -157,20 +154,12 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Launch sandboxes with sandbatch and with podman, and compare."""
-    try:
+    with errors_for_humans():
         if shutil.which("podman") is None:
             raise HostNotReady("podman", "not on the PATH", "apt-get install -y podman")
         os.environ["SANDBATCH_RUNSC_NETWORK"] = "host"
         enter_own_namespaces()
         document, is_clean = _measure(count, at_a_time, rounds, out, idle=idle)
-    except SandbatchError as error:
-        print(f"bench: {error}", file=sys.stderr)
-        raise typer.Exit(error.exit_code) from None
-    except (redis.RedisError, OperationalError) as error:
-        print(f"bench: broker: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
     if as_json:
         print(json.dumps(document, indent=2))
     else:
