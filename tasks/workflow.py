@@ -407,14 +407,16 @@ def _tell_end(journal: Journal) -> None:
 
 
 def forget(journal: Journal) -> None:
+    """Keep the log, drop the journal. It waits for a holder, which may be a twin that only looks."""
+    sandboxes, container_id = settings().sandboxes_dir, journal.container_id
     try:
-        with journals.locked(settings().sandboxes_dir, journal.container_id) as current:
+        with journals.locked(sandboxes, container_id, wait_s=BUSY_WAIT_S) as current:
             if current.final:
                 if not current.facts.get("forget"):
                     logs.keep(settings(), current)
                 current.remove()
     except (Busy, JournalError):
-        return  # another task has just done it, or does it now
+        return  # another task has just done it, or does it now; if it dies over it, reconcile does it
 
 
 def report(journal: Journal) -> bool:

@@ -56,7 +56,7 @@ def _settled(system: StormSystem) -> dict[str, dict[str, Any]]:
     began = time.monotonic()
     while True:
         rows, waited_s = system.rows(), time.monotonic() - began
-        is_done = not _under_way(rows) and not _ghosts(system, rows)
+        is_done = not _under_way(rows) and not _ghosts(system, rows) and not _unforgotten(system, rows)
         if is_done or waited_s > SETTLE_S:
             return rows
         time.sleep(0.3)
@@ -64,6 +64,13 @@ def _settled(system: StormSystem) -> dict[str, dict[str, Any]]:
 
 def _under_way(rows: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     return [one for one in rows.values() if one["state"] not in (*TERMINAL, "running")]
+
+
+def _unforgotten(system: StormSystem, rows: dict[str, dict[str, Any]]) -> list[str]:
+    """Sandboxes that have ended as their record says, with a journal: it goes a moment after the report."""
+    return [
+        one for one, row in rows.items() if row["state"] in TERMINAL and (system.sandboxes / one).exists()
+    ]
 
 
 def _words(row: dict[str, Any]) -> str:
@@ -87,6 +94,7 @@ def _look(
     for container_id in ids:
         if container_id not in rows:
             verdict.lost.append(f"{container_id} was printed and has no record")
+    verdict.left_over += [f"journal of {one}, which has ended" for one in _unforgotten(system, rows)]
     roles, leases, answering = _roles(system), _leases(system), 0
     for container_id, row in rows.items():
         if row["state"] == "failed" and not row["error"]:
@@ -94,10 +102,7 @@ def _look(
         codes = CODES.get(row["labels"].get("storm", ""))
         if codes and (row["state"], row["reason"]) == ("exited", "exit") and row["exit_code"] not in codes:
             verdict.lost.append(f"{container_id} exited with {row['exit_code']}")
-        if row["state"] in TERMINAL:
-            if (system.sandboxes / container_id).exists():
-                verdict.left_over.append(f"journal of {container_id}, which is {row['state']}")
-        elif row["state"] == "running":
+        if row["state"] == "running":
             if row["spec"]["ready"].startswith("http") and not _answers(row["ip"]):
                 verdict.lost.append(f"{container_id} is running and does not answer at {row['ip']}")
             counts = Counter(roles.get(container_id, ()))

@@ -14,7 +14,7 @@ from tests.storm.system import StormSystem
 def run_storm(plan: Plan, folder: Path, subnet: str, say: Callable[[str], None]) -> Tally:
     """Carry the plan out in `folder`; ends at the first judgement that finds something.
 
-    The folder is then left as it is, with journals and logs; all processes of the storm are ended.
+    The journals and bundles are then copied to `found` in the folder, to look at; the machine is cleaned.
     """
     system, tally = StormSystem(folder, subnet), Tally()
     system.prepare(plan.mode)
@@ -28,6 +28,7 @@ def run_storm(plan: Plan, folder: Path, subnet: str, say: Callable[[str], None])
         if tally.findings:
             for container_id in sorted({one for line in tally.findings for one in _ids(line)}):
                 say(f"{container_id}: {system.rows().get(container_id)}")
+            system.keep_and_clean(say)
         system.remove()
     return tally
 

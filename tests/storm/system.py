@@ -3,11 +3,12 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,19 @@ class StormSystem(System):
             except subprocess.TimeoutExpired:
                 self.kill_all()
         self.process = None
+
+    def keep_and_clean(self, say: Callable[[str], None]) -> None:
+        """Copy what was found to `found`, then remove all that can be, for the tests that follow."""
+        pipes = shutil.ignore_patterns("ctl", "winsz", "attach")  # conmon's
+        shutil.copytree(self.sandboxes, self.folder / "found", ignore=pipes)
+        try:
+            self.heal()
+            self.stop()
+            self.spawn_calm()
+            say(self.cli("rm", "--all", check=False, timeout_s=120).stderr)
+            say(self.cli("audit", "--mend", check=False, timeout_s=120).stdout)
+        except (AssertionError, OSError, subprocess.SubprocessError) as error:
+            say(f"not cleaned: {error}")  # the finding is what counts
 
     def remove(self) -> None:
         self.stop()
