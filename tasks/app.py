@@ -18,12 +18,15 @@ PRIORITY = {
     "ended": 0,
     "stop": 0,
     "ready": 1,
+    "fetched": 1,
     "container": 2,
     "bundle": 3,
     "egress": 4,
     "network": 5,
     "netns": 6,
-    "restart": 7,
+    "image": 7,
+    "restart": 8,
+    "pull": 8,
     "place": 9,
 }
 VISIBILITY_TIMEOUT_S = 600  # > 5 x the hard limit; recovery comes from reconcile, not from this

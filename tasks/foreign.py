@@ -113,6 +113,7 @@ class OrderTask(AnyTask):
     """A task that reads its message before it begins."""
 
     abstract = True
+    read = staticmethod(read_order)  # what its message must be
 
     def before_start(self, task_id: str, args: Any, kwargs: dict[str, Any]) -> None:
         if not str(self.name).startswith("sandbatch."):
@@ -128,7 +129,7 @@ class OrderTask(AnyTask):
 
     def _unreadable(self, args: Any, kwargs: dict[str, Any]) -> str:
         try:
-            read_order(self._signature.bind(*args, **kwargs).arguments["message"])
+            self.read(self._signature.bind(*args, **kwargs).arguments["message"])
         except TypeError as error:  # an argument that this release does not have, or misses
             return str(error)
         except BadInput as error:

@@ -85,7 +85,8 @@ if redis.call('EXISTS', P .. 'host:' .. host) == 1 then return 0 end
 redis.call('SREM', P .. 'hosts', host)
 redis.call('HDEL', P .. 'hosts:last', host)
 redis.call('HDEL', P .. 'drains', host)
-for _, what in ipairs({'sandboxes', 'memory', 'launching', 'owner'}) do
+for _, what in ipairs({'sandboxes', 'memory', 'launching', 'owner', 'waiting', 'fetched', 'pulls',
+    'orders'}) do
   redis.call('DEL', P .. 'host:' .. host .. ':' .. what)
 end
 redis.call('DEL', P .. 'bell:' .. host)

@@ -20,6 +20,7 @@ CHUNK = 1000  # commands in one pipeline, ids in one script: the broker does not
 BELLS_KEPT = 100
 EVENTS_KEPT = 100_000
 TERMINAL_KEPT_S = 24 * 3600  # a record of an ended sandbox
+PULLS_KEPT_S = 30  # what a host pulls, after its last word of it
 
 
 def sandbox_key(container_id: str) -> str:

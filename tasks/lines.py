@@ -68,7 +68,7 @@ class Lines(Batches):
         pipe.hsetnx(key, "created_at", at)
         pipe.hdel(key, "outcome", "ended_at")  # one that is there grows
         pipe.hset(key, mapping=dict[Any, Any]({"open": 1, **fields}))
-        for what in ("", ":ids", ":held"):
+        for what in ("", ":ids", ":held", ":images"):
             pipe.persist(key + what)
         pipe.zadd(BATCHES, {batch: score}, nx=True)
         pipe.zadd(OPEN, {batch: score})
@@ -124,9 +124,24 @@ class Lines(Batches):
                 release 0.1.0. With `owner` or `life` it gets nothing while its name is not its own, or
                 while the broker lives another life than the one it has told all its sandboxes to.
         """
-        have = {"memory": 0, "each": 0, "labels": {}, "rooms": {}, "kinds": KINDS, **have}
-        answer = self._take(keys=[], args=[host, now(), EVENTS_KEPT, json.dumps(have), most])
-        return [(one, int(attempt)) for one, attempt in zip(answer[::2], answer[1::2], strict=True)]
+        return self._ask(host, have, most)[0]
+
+    def take_and_admit(
+        self, host: str, have: Mapping[str, Any], most: int = 1000
+    ) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+        """As `take`, and what has waited here for an image and goes on now, which has its slots first."""
+        return self._ask(host, {**have, "admits": True}, most)
+
+    def _ask(
+        self, host: str, have: Mapping[str, Any], most: int
+    ) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+        have = {"memory": 0, "each": 0, "labels": {}, "rooms": {}, "kinds": KINDS, "now": time.time(), **have}
+        args: list[str | float] = [host, now(), EVENTS_KEPT, json.dumps(have), most]
+        taken, admitted = (
+            [(one, int(attempt)) for one, attempt in zip(answer[::2], answer[1::2], strict=True)]
+            for answer in self._take(keys=[], args=args)
+        )
+        return taken, admitted
 
     def offer_again(self, age_s: float) -> None:
         """Put in line what a client of release 0.1.0 has enqueued so long ago and no host has offered."""

@@ -1,6 +1,6 @@
 """What crosses the wire: names that a host can look up, never contents."""
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -8,6 +8,9 @@ from worker.errors import BadInput
 from worker.spec import ContainerId
 
 RELEASE = "0.2.0"  # of pyproject.toml; a host says it, and a message that it could not read keeps it
+
+
+AnyOrder = TypeVar("AnyOrder", bound=BaseModel)
 
 
 class Order(BaseModel):
@@ -20,14 +23,36 @@ class Order(BaseModel):
     attempt: int = Field(ge=1)
 
 
+class PullOrder(BaseModel):
+    """The word to a host that the record has an order of `sandbatch pull` for it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["pull/v1"] = "pull/v1"
+    pull_id: str = Field(pattern=r"^pull-[0-9a-f]{16}$")
+
+
 def read_order(message: Any) -> Order:
     """Check a message of the queue, which anybody with the broker's password can write.
 
     Raises:
         BadInput: It is no order of a version that this release knows.
     """
+    return _read(Order, message)
+
+
+def read_pull_order(message: Any) -> PullOrder:
+    """The same, of an order to pull.
+
+    Raises:
+        BadInput: As `read_order`.
+    """
+    return _read(PullOrder, message)
+
+
+def _read(model: type[AnyOrder], message: Any) -> AnyOrder:
     try:
-        return Order.model_validate(message)
+        return model.model_validate(message)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

@@ -26,6 +26,7 @@ from tasks.keys import (
     sandbox_key,
 )
 from tasks.lines import Lines, new_record
+from tasks.pulls import Pulls
 from tasks.scripts import MARK, NO_RECORD, PUT
 from tasks.state import TERMINAL, State
 from tasks.view import shape, view
@@ -49,12 +50,13 @@ class Wish:
     stop_grace_s: float | None  # None: nobody has asked it to stop
 
 
-class Record(Lines, Hosts):
-    """The record of all sandboxes, and (`Lines`, `Batches`, `Hosts`) of the rest, behind one connection."""
+class Record(Lines, Hosts, Pulls):
+    """All sandboxes, and (`Lines`, `Batches`, `Hosts`, `Pulls`) the rest, behind one connection."""
 
     def __init__(self, client: "redis.Redis") -> None:
         Lines.__init__(self, client)
         Hosts.__init__(self, client)
+        Pulls.__init__(self, client)
         self._put = client.register_script(PUT)
         self._mark = client.register_script(MARK)
 

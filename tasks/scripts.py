@@ -107,7 +107,7 @@ local function verdict(batch, at, expiry, kept)
     outcome = good >= least and 'succeeded' or 'failed'
     if cancelled and not broken then outcome = 'cancelled' end
     redis.call('HSET', key, 'outcome', outcome, 'ended_at', at)
-    for _, part in ipairs({'', ':ids', ':held'}) do redis.call('EXPIRE', key .. part, expiry) end
+    for _, part in ipairs({'', ':ids', ':held', ':images'}) do redis.call('EXPIRE', key .. part, expiry) end
     tell('', batch, outcome, '', at, kept)
     return false
   end
@@ -178,9 +178,13 @@ end
 redis.call('HSET', rec(id), 'state', target, 'attempt', attempt)
 if seq ~= '' then redis.call('HSET', rec(id), 'seq', seq) end
 if #ARGV > 9 then redis.call('HSET', rec(id), unpack(ARGV, 10)) end
-local host, batch, line, stage = unpack(redis.call('HMGET', rec(id), 'host', 'batch', 'line', 'stage'))
+local host, batch, line, stage, waits =
+  unpack(redis.call('HMGET', rec(id), 'host', 'batch', 'line', 'stage', 'waits'))
 if host then
-  local is_launch = target == 'placed' or (target == 'launching' and stage ~= 'ready')
+  waits = target == 'launching' and waits == '1'  -- for its image: it holds no slot
+  redis.call(waits and 'SADD' or 'SREM', host_key(host, 'waiting'), id)
+  if not waits then redis.call('ZREM', host_key(host, 'fetched'), id) end
+  local is_launch = not waits and (target == 'placed' or (target == 'launching' and stage ~= 'ready'))
   local left = not is_launch and redis.call('SREM', host_key(host, 'launching'), id) or 0
   if TERMINAL[target] then
     redis.call('HDEL', host_key(host, 'memory'), id)
@@ -206,19 +210,20 @@ return account(id, target, at, expiry, kept, now) and 3 or 1
 # (bytes for one that asks for none), labels, rooms (of each network; -1: without a limit), kinds of specs,
 # elder (a host of release 0.1.0, whose scripts free no memory and count for no batch), and where the host
 # says so: owner (of its name), life (of the broker, which knows all that the host has: one that was
-# restarted, or lost its data, counts too little); most to take.
-# Answers: id, attempt, id, attempt, ...
+# restarted, or lost its data, counts too little), admits (it lets launches go on that waited for an image:
+# they come first, also on a drained host, as they are its own and count in its capacity and memory), now (s);
+# most to take.
+# Answers: taken, admitted; each id, attempt, id, attempt, ...
 TAKE = (
     COMMON
     + """
 local HAS_LINKS = {egress=true, bundle=true, container=true}  -- the stages after `network`
 local host, at, kept, have, most = ARGV[1], ARGV[2], ARGV[3], cjson.decode(ARGV[4]), tonumber(ARGV[5])
-if drained(host) then return {} end
-if have.owner and have.owner ~= redis.call('GET', host_key(host, 'owner')) then return {} end
+if have.owner and have.owner ~= redis.call('GET', host_key(host, 'owner')) then return {{}, {}} end
 if have.life then
   local run = string.match(redis.call('INFO', 'server'), 'run_id:(%w+)')
   local epoch = redis.call('GET', P .. 'epoch')
-  if not epoch or have.life ~= epoch .. '.' .. (run or '') then return {} end
+  if not epoch or have.life ~= epoch .. '.' .. (run or '') then return {{}, {}} end
 end
 local held, launching = host_key(host, 'sandboxes'), host_key(host, 'launching')
 
@@ -231,16 +236,43 @@ end
 
 local under_way = 0
 for _, id in ipairs(redis.call('SMEMBERS', launching)) do  -- what was lost there is mended here
-  local state, stage, owner, nets = unpack(redis.call('HMGET', rec(id), 'state', 'stage', 'host', 'nets'))
-  if owner == host and (state == 'placed' or (state == 'launching' and stage ~= 'ready')) then
+  local state, stage, owner, nets, waits =
+    unpack(redis.call('HMGET', rec(id), 'state', 'stage', 'host', 'nets', 'waits'))
+  local is_launch = state == 'placed' or (state == 'launching' and stage ~= 'ready' and waits ~= '1')
+  if owner == host and is_launch then
     under_way = under_way + 1
     if not HAS_LINKS[stage] then use_rooms(nets) end
   else
     redis.call('SREM', launching, id)
   end
 end
+for _, id in ipairs(redis.call('SMEMBERS', host_key(host, 'waiting'))) do  -- their addresses are promised
+  local state, owner, nets, waits = unpack(redis.call('HMGET', rec(id), 'state', 'host', 'nets', 'waits'))
+  if owner == host and state == 'launching' and waits == '1' then
+    use_rooms(nets)
+  else
+    redis.call('SREM', host_key(host, 'waiting'), id)
+  end
+end
+
+local admitted = {}
+while have.admits and under_way < have.slots and #admitted < 2 * most do
+  local id = redis.call('ZPOPMIN', host_key(host, 'fetched'))[1]
+  if not id then break end
+  local state, owner, waits, attempt =
+    unpack(redis.call('HMGET', rec(id), 'state', 'host', 'waits', 'attempt'))
+  if owner == host and state == 'launching' and waits == '1' then
+    redis.call('SREM', host_key(host, 'waiting'), id)
+    redis.call('SADD', launching, id)
+    redis.call('HSET', rec(id), 'waits', '0', 'admitted_at', have.now)
+    under_way = under_way + 1
+    admitted[#admitted + 1] = id
+    admitted[#admitted + 1] = attempt
+  end
+end
+if drained(host) then return {{}, admitted} end
 most = math.min(most, have.slots - under_way, have.capacity - redis.call('SCARD', held))
-if most <= 0 then return {} end
+if most <= 0 then return {{}, admitted} end
 local memory = math.huge
 if have.memory > 0 then
   memory = have.memory
@@ -330,7 +362,7 @@ while #taken < 2 * most do
     end
   end
 end
-return taken
+return {taken, admitted}
 """
 )
 

@@ -13,7 +13,7 @@ from kombu.exceptions import KombuError
 from tasks.app import options
 from tasks.batch import NAME, BatchPlan
 from tasks.connection import public_url
-from tasks.messages import Order
+from tasks.messages import Order, PullOrder
 from tasks.record import Record
 from tasks.state import TERMINAL, State
 from worker.errors import BadInput, BrokerError
@@ -125,6 +125,37 @@ def stop(
             now = record.get(name) or one
             if now["state"] not in TERMINAL:
                 publish_stop(app, name, now["attempt"], now["host"], graces[name])
+
+
+def order_pull(
+    app: Celery, record: Record, hosts: Sequence[str], reference: str, policy: str = "always"
+) -> dict[str, str]:
+    """Have hosts pull an image; the id of each host's order. `Record.follow_orders` shows how they go on.
+
+    The wish lies in the record until it is carried out, also over a restart of the host's worker; a host
+    that is away does it when it is back, within a day.
+
+    Args:
+        hosts: Names, of hosts that know images: `facts["kinds"]` of `live_hosts` has "spec/v3".
+        reference: Canonical (`worker.image_ref`).
+        policy: "always": ask the registry what the reference is now; "missing": what the host has will do.
+    Raises:
+        BrokerError: It went away half-way; orders that were written are carried out.
+    """
+    try:
+        orders = {host: record.write_order(host, reference, policy) for host in hosts}
+        for host, pull_id in orders.items():
+            app.send_task(
+                "sandbatch.pull",
+                kwargs={"message": PullOrder(pull_id=pull_id).model_dump()},
+                argsrepr=f"pull · {reference} · {host}",
+                kwargsrepr="{}",
+                **options("pull", host),
+            )
+    except (redis.ConnectionError, redis.TimeoutError, KombuError) as error:
+        todo = "what was ordered is pulled; run it again when the broker is back"
+        raise BrokerError("broker", str(error), todo) from None
+    return orders
 
 
 def _has_log(sandbox: dict[str, Any]) -> bool:
