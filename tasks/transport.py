@@ -1,12 +1,18 @@
-"""kombu's Redis transport, of which a lost connection ends no worker, and whose channels keep their client.
+"""kombu's Redis transport: no lost connection or broken message ends a worker; channels keep their client.
 
 Making a client was a ninth of what a worker's main process did in a launch: redis-py sets up its whole
 configuration each time, and the pool of connections is the same.
 """
 
+import base64
+import json
+import logging
 from typing import Any
 
 from kombu.transport import TRANSPORT_ALIASES, redis
+
+log = logging.getLogger("sandbatch")
+SHOWN = 200  # characters of what is no message
 
 
 class QoS(redis.QoS):
@@ -38,11 +44,53 @@ class Channel(redis.Channel):
             self._kept = create()
         return self._kept
 
+    def _brpop_read(self, **options: Any) -> Any:
+        """Take what has come; kombu's ends the worker where somebody has put text into the queue by hand."""
+        read: Any = super()._brpop_read  # type: ignore[misc]  # the stubs do not have it
+        try:
+            return read(**options)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            text = error.doc if isinstance(error, json.JSONDecodeError) else repr(error.object)
+            _tell_dropped("it is no JSON", str(text))
+            return True
+
 
 class Transport(redis.Transport):
     """As kombu's, with our channels."""
 
     Channel = Channel
+
+    def _deliver(self, message: Any, queue: str | None) -> None:
+        if why := _broken(message):
+            _tell_dropped(why, json.dumps(message))
+        else:
+            super()._deliver(message, queue)
+
+
+def _broken(message: Any) -> str:
+    """Why kombu could not even hand it back; empty for a message, readable for Celery or not."""
+    if not isinstance(message, dict):
+        return "it is no JSON object"
+    properties = message.get("properties")
+    if not isinstance(properties, dict) or not isinstance(properties.get("delivery_tag"), str):
+        return "it has no delivery tag"
+    where = properties.get("delivery_info")
+    if not isinstance(where, dict) or not {"exchange", "routing_key"} <= set(where):
+        return "it does not say where it was sent to"
+    if not isinstance(message.get("body"), str) or not isinstance(message.get("headers"), dict):
+        return "it has no body or no headers"
+    encoding = properties.get("body_encoding")
+    try:
+        if encoding == "base64":
+            base64.b64decode(message["body"])
+    except ValueError as error:
+        return f"its body cannot be decoded ({error})"
+    return "" if encoding in (None, "base64") else "its body has an unknown encoding"
+
+
+def _tell_dropped(why: str, text: str) -> None:
+    """It cannot be put aside as those of other releases are: nobody could ever read it."""
+    log.error("a queue held what is no message of Celery: %s; it is dropped: %.*s", why, SHOWN, text)
 
 
 def install() -> None:

@@ -1,6 +1,12 @@
 """What is our own of the way of a message."""
 
-from tasks.app import make_app
+import json
+from typing import Any
+
+import pytest
+from kombu import Consumer, Queue
+
+from tasks.app import host_queue, make_app
 from tasks.submit import publish_place
 from worker.settings import Settings
 
@@ -31,3 +37,45 @@ def test_a_connection_that_celery_closes_a_second_time_ends_no_worker(broker: Se
         connection._do_close_transport()
         channel.close()
     assert client.zcard(f"sandbatch:mq:unacked_index.{broker.host}") == 1, "the next connection takes it back"
+
+
+TO_HERE: dict[str, Any] = {"delivery_tag": "t", "delivery_info": {"exchange": "", "routing_key": "host.here"}}
+
+
+def like_a_message(body: Any = "", headers: Any = None, **properties: Any) -> bytes:
+    return json.dumps({"body": body, "headers": headers or {}, "properties": properties}).encode()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(b"by hand", b"\xff\xfe", b"", b"[1]", b"null", b"{}"),
+        like_a_message(delivery_tag=7),
+        like_a_message(delivery_tag="t"),
+        like_a_message(7, **TO_HERE),
+        like_a_message("", [1], **TO_HERE),
+        like_a_message("x", **TO_HERE, body_encoding="no"),
+        like_a_message("a", **TO_HERE, body_encoding="base64"),
+    ],
+)
+def test_what_is_no_message_is_dropped_with_words_and_the_next_one_comes(
+    broker: Settings, client, sender, caplog, text: bytes
+) -> None:
+    """kombu raises in the worker's event loop, which ends the worker: seen with text pushed by hand."""
+    publish_place(sender, [("sb-00000000000000a1", 1, broker.host)])
+    queue = host_queue(broker.host)
+    client.rpush(
+        f"sandbatch:mq:{queue}\x06\x169", text
+    )  # the end that is taken first; `place` has priority 9
+    with make_app(broker, broker.host).connection_for_read() as connection:
+        seen: list[str] = []
+        with Consumer(
+            connection,
+            [Queue(queue, routing_key=queue)],
+            on_message=lambda message: (seen.append(message.headers["id"]), message.ack()),
+        ):
+            while not seen:
+                connection.drain_events(timeout=5)
+    assert seen == ["sb-00000000000000a1.1.place"]
+    assert client.zcard(f"sandbatch:mq:unacked_index.{broker.host}") == 0
+    assert "no message of Celery" in caplog.text
