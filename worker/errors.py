@@ -67,6 +67,15 @@ class NotReady(SandbatchError):
     """The sandbox did not answer its probe before the deadline, or ended first."""
 
 
+class ImageError(SandbatchError):
+    """An image cannot be had, or cannot be used; `can_pass` where another try may help."""
+
+    def __init__(self, what: str, why: str, todo: str = "", can_pass: bool = False) -> None:
+        super().__init__(what, why, todo)
+        self.can_pass = can_pass
+        self.args = (what, why, todo, can_pass)  # all: Celery rebuilds it from args
+
+
 class JournalError(SandbatchError):
     """A journal cannot be read. `kind`: torn, empty, foreign, release-KIND; "" where there is none."""
 

@@ -4,7 +4,8 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from worker import faults
 from worker.errors import ProcessTimeout, SandbatchError
 
 WORDS = 400  # of a program's own words, this many characters reach an error message
+TICK_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class Completed:
     returncode: int
     stdout: str
     stderr: str
+    raw: bytes = b""  # of stdout
 
 
 def run(
@@ -31,6 +34,8 @@ def run(
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     point: str = "",
+    largest_file: int = 0,
+    tick: Callable[[], None] | None = None,
 ) -> Completed:
     """Run `argv` to its end.
 
@@ -39,6 +44,9 @@ def run(
     behind with our stdio: the pipe would stay open (see `worker.conmon`). `point` names it in
     `worker.faults`; by default its own name does.
 
+    Args:
+        largest_file: In bytes, of each file that it may write.
+        tick: Called meanwhile, every `TICK_S`; what it raises ends the program.
     Raises:
         ProcessTimeout: It ran longer than `timeout_s`, and was killed with its children.
         SandbatchError: It cannot be started.
@@ -50,23 +58,22 @@ def run(
         shutil.which(words[0], path=env.get("PATH") if env else None) is None
     ):  # setpriv has only a status for it
         raise SandbatchError(name, "cannot be started (no such program)", "run sandbatch doctor")
+    limit = ["prlimit", f"--fsize={largest_file}"] if largest_file else []
     try:
         process = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL", *words],
+            ["setpriv", "--pdeathsig", "KILL", *limit, *words],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=dict(env) if env is not None else None,
             cwd=cwd,
             start_new_session=True,
-            text=True,
-            errors="replace",
         )
     except OSError as error:
         why = f"cannot be started ({error.filename or 'fork'}: {error.strerror})"
         raise SandbatchError(name, why, "run sandbatch doctor") from error
     try:
-        stdout, stderr = process.communicate(stdin, timeout=timeout_s)
+        stdout, stderr = _communicate(process, stdin.encode(), timeout_s, tick)
     except subprocess.TimeoutExpired:
         _kill_group(process)
         raise ProcessTimeout(
@@ -76,7 +83,25 @@ def run(
         _kill_group(process)
         raise
     faults.point(f"{point}.after")
-    return Completed(process.returncode, stdout, stderr)
+    return Completed(process.returncode, _text(stdout), _text(stderr), stdout)
+
+
+def _communicate(
+    process: subprocess.Popen[bytes], stdin: bytes, timeout_s: float, tick: Callable[[], None] | None
+) -> tuple[bytes, bytes]:
+    given: bytes | None = stdin
+    deadline = time.monotonic() + timeout_s
+    while tick is not None and (left_s := deadline - time.monotonic()) > TICK_S:
+        try:
+            return process.communicate(given, timeout=min(left_s, TICK_S))
+        except subprocess.TimeoutExpired:
+            given = None  # it is kept, and may not be given twice
+            tick()
+    return process.communicate(given, timeout=max(0.0, deadline - time.monotonic()))
+
+
+def _text(output: bytes) -> str:
+    return output.decode(errors="replace").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def last_words(text: str, limit: int = WORDS) -> str:
@@ -85,7 +110,7 @@ def last_words(text: str, limit: int = WORDS) -> str:
     return lines[-1][:limit] if lines else ""
 
 
-def _kill_group(process: subprocess.Popen[str]) -> None:
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:

@@ -89,6 +89,20 @@ class Settings(BaseSettings):
     log_keep_s: float = Field(3600.0, ge=0, description="a log stays so long after its sandbox's end")
     logs_max_bytes: int = Field(2**30, ge=0, description="of all kept logs; the oldest go first")
 
+    images_bytes: int = Field(
+        32 * 2**30, ge=0, description="most that all images of this host take, or such as 32g; 0: no limit"
+    )
+    image_max_bytes: int = Field(16 * 2**30, ge=2**20, description="of one unpacked image, or such as 16g")
+    image_max_files: int = Field(1_000_000, ge=1, description="of one unpacked image, folders too")
+    pull_timeout_s: float = Field(600.0, gt=0, description="longest pull of an image, with all its tries")
+    pulls: int = Field(4, ge=1, le=64, description="pulls of images at a time")
+    registries_conf: Path | None = Field(
+        None, description="mirrors, insecure registries; none: /etc/containers/registries.conf"
+    )
+    registry_auth_file: Path | None = Field(
+        None, description="logins at registries; none: where skopeo looks by itself"
+    )
+
     @field_validator("labels", mode="before")
     @classmethod
     def _labels_are_pairs(cls, value: Any) -> Any:
@@ -109,9 +123,9 @@ class Settings(BaseSettings):
     def _labels_can_be_asked_for(cls, value: dict[str, str]) -> dict[str, str]:
         return host_labels(value)
 
-    @field_validator("memory", "default_memory", mode="before")
+    @field_validator("memory", "default_memory", "images_bytes", "image_max_bytes", mode="before")
     @classmethod
-    def _memory_may_have_a_unit(cls, value: Any) -> Any:
+    def _size_may_have_a_unit(cls, value: Any) -> Any:
         return size(value) if isinstance(value, str) else value
 
     @field_validator("default_memory", "default_cpus", "default_pids", mode="before")
@@ -164,13 +178,20 @@ class Settings(BaseSettings):
         faults.parse(self.faults)
         return self
 
+    @field_validator("registries_conf", "registry_auth_file", mode="before")
+    @classmethod
+    def _empty_is_none(cls, value: Any) -> Any:
+        return None if value == "" else value
+
     @field_validator("state_dir", "run_dir", "cni_conf_dir", "cni_cache_dir", "rootfs_allow", "mount_allow")
     @classmethod
-    def _path_is_absolute(cls, value: Path | tuple[Path, ...]) -> Path | tuple[Path, ...]:
-        for path in value if isinstance(value, tuple) else (value,):
-            if not path.is_absolute():
-                raise ValueError("an absolute path is needed")
-        return value
+    def _paths_are_absolute(cls, value: Path | tuple[Path, ...]) -> Path | tuple[Path, ...]:
+        return tuple(map(_absolute, value)) if isinstance(value, tuple) else _absolute(value)
+
+    @field_validator("registries_conf", "registry_auth_file")
+    @classmethod
+    def _file_is_absolute(cls, value: Path | None) -> Path | None:
+        return None if value is None else _absolute(value)
 
     @classmethod
     def settings_customise_sources(
@@ -191,6 +212,11 @@ class Settings(BaseSettings):
     def sandboxes_dir(self) -> Path:
         """One folder a sandbox: journal, bundle, log."""
         return self.state_dir / "sandboxes"
+
+    @property
+    def images_dir(self) -> Path:
+        """The images that this host has pulled (`worker.image_store`)."""
+        return self.state_dir / "images"
 
     @property
     def execs_dir(self) -> Path:
@@ -266,6 +292,12 @@ def load_settings(**flags: Any) -> Settings:
         ) from None
     except (OSError, ValueError) as error:  # TOMLDecodeError is a ValueError
         raise BadInput(f"settings file {file}", str(error), "correct the file") from None
+
+
+def _absolute(path: Path) -> Path:
+    if not path.is_absolute():
+        raise ValueError("an absolute path is needed")
+    return path
 
 
 def _hide(match: re.Match[str]) -> str:
