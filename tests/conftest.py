@@ -28,6 +28,16 @@ def host_parts() -> None:
         lack(f"this machine lacks {', '.join(lacking)}: run sandbatch setup as root")
 
 
+@pytest.fixture(scope="session")
+def image_parts() -> None:
+    """Root, and what pulls images; `sandbatch setup` installs it."""
+    lacking = [name for name in ("skopeo", "umoci", "setpriv", "prlimit") if shutil.which(name) is None]
+    if os.geteuid() != 0:
+        lacking.insert(0, "root")
+    if lacking:
+        lack(f"this machine lacks {', '.join(lacking)}: run sandbatch setup as root")
+
+
 def lack(reason: str) -> None:
     """Skip for want of a part; in CI a skipped test is a failed one."""
     if os.environ.get("CI"):

@@ -4,49 +4,24 @@ Nothing of it is ever run here. What was begun lies in one folder under its lock
 a killed pull leaves that folder unlocked, and nobody ever uses it.
 """
 
-import hashlib
 import json
-import os
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from worker import process
+from worker import faults
 from worker.errors import ImageError
+from worker.image_fetch import TEMPORARY, Fetch, Progress, Tell, resolve
+from worker.image_guard import Guard, measure
+from worker.image_manifest import LAYOUT, NAME, read_config
+from worker.image_place import delete_tree, sync_disk, working
+from worker.image_points import make_points
 from worker.image_ref import ImageRef
-from worker.image_store import FILE, ROOTFS, VERSION, Image, ImageStore, delete_tree, is_at
-from worker.locks import lock_within
+from worker.image_store import FILE, ROOTFS, VERSION, Image, ImageStore
+from worker.image_words import SPACE
 from worker.settings import Settings
 
-LAYOUT, NAME = "oci", "x"
-WAIT_S = 0.2
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a pull is: `phase` is resolving, pulling, unpacking or waiting (for another try)."""
-
-    phase: str
-    done_bytes: int
-    total_bytes: int | None
-    tries: int
-    words: str
-
-
-Tell = Callable[[Progress], None]
-
-
-def resolve(settings: Settings, ref: ImageRef, timeout_s: float, stop: threading.Event) -> str:
-    """The digest that a reference leads to now.
-
-    Raises:
-        ImageError: It leads to none, or the registry cannot be asked.
-    """
-    return f"sha256:{hashlib.sha256(_manifest(settings, ref.source(), timeout_s, stop)).hexdigest()}"
+__all__ = ["Progress", "Tell", "pull", "resolve"]
 
 
 def pull(
@@ -60,120 +35,65 @@ def pull(
 ) -> Image:
     """The image of this digest, fetched and unpacked unless it is here; one process at a time does it.
 
+    `stop` ends it at once, and so does the deadline. Safe to repeat.
+
     Raises:
         ImageError: It cannot be had; nothing of it is left.
     """
-    store, deadline = ImageStore(settings), time.monotonic() + timeout_s
+    store = ImageStore(settings)
+    fetch = Fetch(settings, ref, digest, timeout_s, progress, stop)
+    try:
+        if store.find(digest) is None:
+            place = store.pulling(digest.removeprefix("sha256:"))
+            with working(place, fetch.check):
+                if store.find(digest) is None:
+                    _bring(store, fetch, place)
+        store.note(ref, digest)
+    except OSError as error:
+        why = f"{error.strerror} ({error.filename or settings.images_dir})"
+        raise ImageError(fetch.what, why, SPACE) from None
     image = store.find(digest)
     if image is None:
-        with _working(store, digest, deadline, stop) as place:
-            image = store.find(digest)
-            if image is None:
-                _fetch(settings, ref, digest, place, deadline, progress, stop)
-                progress(Progress("unpacking", 0, None, 1, ""))
-                size = _unpack(place, digest, deadline, stop)
-                store.put(place, digest, size)
-    store.note(ref, digest)
-    found = store.find(digest)
-    if found is None:
-        raise ImageError(f"image {ref}", "was removed while it was pulled", "pull it again", can_pass=True)
-    return found
+        raise ImageError(fetch.what, "was removed as soon as it was here", "pull it again", can_pass=True)
+    return image
 
 
-@contextmanager
-def _working(store: ImageStore, digest: str, deadline: float, stop: threading.Event) -> Iterator[Path]:
-    """An empty folder of our own, locked; what is still there at the end is removed."""
-    while True:
-        place = store.pulling(digest)
-        handle = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            if not lock_within(handle, WAIT_S):
-                _check(digest, deadline, stop)
-                continue
-            if not is_at(handle, place):
-                continue
-            try:
-                for one in place.iterdir():
-                    delete_tree(one)
-                yield place
-            finally:
-                if is_at(handle, place):
-                    delete_tree(place)
-            return
-        finally:
-            os.close(handle)
-
-
-def _check(what: object, deadline: float, stop: threading.Event) -> None:
-    if stop.is_set():
-        raise ImageError(f"image {what}", "its pull was ended: nobody waits for it any more")
-    if time.monotonic() > deadline:
-        raise ImageError(f"image {what}", "was not pulled in time", "set SANDBATCH_PULL_TIMEOUT_S higher")
-
-
-def _skopeo(settings: Settings, verb: str, *args: str | Path) -> list[str | Path]:
-    conf, auth = settings.registries_conf, settings.registry_auth_file
-    before: list[str | Path] = ["--registries-conf", conf] if conf else []
-    login: list[str | Path] = ["--authfile", auth] if auth else []
-    return ["skopeo", *before, verb, *login, *args]
-
-
-def _run(argv: list[str | Path], what: str, deadline: float, stop: threading.Event) -> bytes:
-    def tick() -> None:
-        _check(what, deadline, stop)
-
-    done = process.run(argv, timeout_s=max(0.1, deadline - time.monotonic()), tick=tick)
-    if done.returncode:
-        raise ImageError(f"image {what}", process.last_words(done.stderr))
-    return done.raw
-
-
-def _manifest(settings: Settings, source: str, timeout_s: float, stop: threading.Event) -> bytes:
-    argv = _skopeo(settings, "inspect", "--raw", source)
-    return _run(argv, source, time.monotonic() + timeout_s, stop)
-
-
-def _fetch(
-    settings: Settings,
-    ref: ImageRef,
-    digest: str,
-    place: Path,
-    deadline: float,
-    progress: Tell,
-    stop: threading.Event,
-) -> None:
-    progress(Progress("pulling", 0, None, 1, ""))
-    argv = _skopeo(settings, "copy", "--quiet", ref.source(digest), f"oci:{place / LAYOUT}:{NAME}")
-    _run(argv, str(ref), deadline, stop)
-
-
-def _unpack(place: Path, digest: str, deadline: float, stop: threading.Event) -> int:
-    argv: list[str | Path] = ["umoci", "raw", "unpack", "--image", f"{place / LAYOUT}:{NAME}", place / ROOTFS]
-    _run(argv, digest, deadline, stop)
-    config = _config(place / LAYOUT)
-    delete_tree(place / LAYOUT)
-    size = files = 0
-    for folder, folders, names in os.walk(place / ROOTFS):
-        files += len(folders) + len(names)
-        size += sum(os.lstat(os.path.join(folder, name)).st_blocks * 512 for name in names)
+def _bring(store: ImageStore, fetch: Fetch, place: Path) -> None:
+    fetch.run(place)
+    layout, root = place / LAYOUT, place / ROOTFS
+    config = read_config(fetch.what, layout)
+    _unpack(fetch, Guard(store.settings, fetch.what), layout, root)
+    delete_tree(layout)
+    delete_tree(place / TEMPORARY)
+    dropped = measure(root, drop=True).dropped
+    make_points(root, config)
+    size = measure(root)
+    Guard(store.settings, fetch.what).judge(size)
     about = {
         "kind": VERSION,
-        "digest": digest,
+        "digest": fetch.digest,
         "config": config,
-        "size_bytes": size,
-        "files": files,
-        "dropped": 0,
+        "size_bytes": size.bytes,
+        "files": size.files,
+        "dropped": dropped,
         "pulled_at": time.time(),
     }
     (place / FILE).write_text(json.dumps(about))
-    return size
+    sync_disk(place)
+    fetch.check()  # the sync may have taken its time
+    faults.point("image.put.before")
+    store.put(place, fetch.digest, size.bytes)
+    faults.point("image.put.after")
 
 
-def _config(layout: Path) -> dict[str, Any]:
-    index = json.loads((layout / "index.json").read_bytes())
-    manifest = json.loads(_blob(layout, index["manifests"][0]["digest"]))
-    return dict(json.loads(_blob(layout, manifest["config"]["digest"])))
+def _unpack(fetch: Fetch, guard: Guard, layout: Path, root: Path) -> None:
+    """As root: owners, setuid bits, capabilities as the image has them; our folder is root's alone."""
 
+    def tick() -> None:
+        fetch.check()
+        guard.check_tree(root)
 
-def _blob(layout: Path, digest: str) -> bytes:
-    return (layout / "blobs" / digest.replace(":", "/")).read_bytes()
+    fetch.tell("unpacking")
+    fetch.program(["umoci", "raw", "unpack", "--image", f"{layout}:{NAME}", root], "umoci.unpack", tick)
+    if root.is_symlink() or not root.is_dir():
+        raise ImageError(fetch.what, "has a root that is no folder", "it is not used")

@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from worker import journal, process
+from worker import journal
 from worker.errors import BadInput, ImageError
+from worker.image_place import delete_tree, held, sync_folder
 from worker.image_ref import ImageRef, is_digest, parse_image
 from worker.limits import in_words
-from worker.locks import lock_within
 from worker.settings import Settings
 
 VERSION = "image/v1"
@@ -38,7 +38,6 @@ PULLING, REMOVING = ".pulling-", ".removing-"
 PREFIX = re.compile(r"^(?:sha256:)?([0-9a-f]{6,64})$")
 STAGE = "image"
 STRAY_S = 3600.0  # a reference may be noted a while before its image is here
-DELETE_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -149,6 +148,7 @@ class ImageStore:
         with ExitStack() as gone, self.locked(fcntl.LOCK_EX):
             for one in self._too_many(size_bytes):
                 self._take_away(one, gone)
+            self._take_broken(digest, gone)
             place.rename(self.entry(digest))
             sync_folder(self.folder)
             self.touch(digest)
@@ -209,12 +209,10 @@ class ImageStore:
     def entry(self, digest: str) -> Path:
         return self.folder / digest.replace(":", "-")
 
-    def pulling(self, digest: str) -> Path:
-        """The folder of a pull under way; it is made where it is not there."""
+    def pulling(self, name: str) -> Path:
+        """The folder of a pull under way, for `image_place.working`; `name`: the digest's hex digits."""
         self._make_folders()
-        place = self.folder / f"{PULLING}{digest.partition(':')[2]}"
-        place.mkdir(mode=0o700, exist_ok=True)
-        return place
+        return self.folder / f"{PULLING}{name}"
 
     @contextmanager
     def locked(self, how: int) -> Iterator[None]:
@@ -325,13 +323,25 @@ class ImageStore:
 
     def _take_away(self, image: Image, gone: ExitStack) -> None:
         """Under the exclusive lock: from now on nobody finds it; it is deleted when `gone` is closed."""
-        name = f"{REMOVING}{image.folder.name.removeprefix('sha256-')}.{uuid4().hex[:8]}"
-        gone.enter_context(held(image.folder))  # else it would look left over while we delete it
-        gone.callback(delete_tree, self.folder / name)
-        image.folder.rename(self.folder / name)
+        self._take(image.folder, gone)
         self._used_file(image.digest).unlink(missing_ok=True)
         for reference in image.references:
             self._ref_file(parse_image(reference)).unlink(missing_ok=True)
+
+    def _take_broken(self, digest: str, gone: ExitStack) -> None:
+        """An entry without a description that can be read is none, and stands in the way."""
+        folder = self.entry(digest)
+        if os.path.lexists(folder) and self._read(digest, ()) is None:
+            if digest in self.users():
+                todo = "end the sandboxes that use it, then pull it again"
+                raise ImageError(f"image {digest}", f"{folder} is broken, and in use", todo)
+            self._take(folder, gone)
+
+    def _take(self, folder: Path, gone: ExitStack) -> None:
+        place = self.folder / f"{REMOVING}{folder.name.removeprefix('sha256-')}.{uuid4().hex[:8]}"
+        gone.enter_context(held(folder))  # else it would look left over while we delete it
+        gone.callback(delete_tree, place)
+        folder.rename(place)
 
     def _clear(self, name: str) -> bool:
         with held(self.folder / name) as is_ours:
@@ -349,46 +359,6 @@ class ImageStore:
         for name in here:
             if name.endswith(".used") and name.removesuffix(".used") not in here:
                 (self.folder / name).unlink(missing_ok=True)
-
-
-@contextmanager
-def held(folder: Path) -> Iterator[bool]:
-    """Hold a folder's lock meanwhile; False if another holds it, or the folder is gone."""
-    try:
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except FileNotFoundError:
-        yield False
-        return
-    try:
-        yield lock_within(handle, 0) and is_at(handle, folder)
-    finally:
-        os.close(handle)
-
-
-def is_at(handle: int, folder: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(handle), os.lstat(folder))
-    except FileNotFoundError:
-        return False
-
-
-def delete_tree(place: Path) -> None:
-    """By rm, since a hostile tree may be deeper than Python recurses, and than a path is long.
-
-    Raises:
-        ImageError: rm's last words.
-    """
-    done = process.run(["rm", "-rf", "--one-file-system", "--", place], timeout_s=DELETE_S)
-    if done.returncode:
-        raise ImageError(str(place), process.last_words(done.stderr), "remove it by hand")
-
-
-def sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _mtime(file: Path) -> float:
