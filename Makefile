@@ -30,6 +30,12 @@ test-host: host
 	@for one in $(TEST_PROGRAMS); do \
 	  command -v $${one%%:*} >/dev/null || [ "$$(id -u)" != 0 ] || apt-get -qq install -y --no-install-recommends $${one##*:} >/dev/null || exit 1; \
 	done
+	@[ "$$(id -u)" != 0 ] || command -v docker-registry >/dev/null || $(MAKE) -s $(BIN)/docker-registry
+
+# Only its program: on a machine with systemd the package would start a registry on port 5000.
+$(BIN)/docker-registry:
+	@folder=$$(mktemp -d) && cd $$folder && apt-get -qq download docker-registry && dpkg-deb -x docker-registry_*.deb . && \
+	  cp usr/bin/docker-registry $(CURDIR)/$@ && rm -r $$folder
 
 # Kills, hangs and full ranges by a seed; exit 0 only if nothing is left over, lost or doubled.
 SEED ?=
