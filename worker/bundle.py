@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -52,18 +53,19 @@ def make_config(
         spec, container_id, parent=settings.cgroup_parent, default_pids=settings.default_pids
     )
     env = {"PATH": path, "HOME": "/root" if is_host else "/", "HOSTNAME": container_id, **spec.env}
+    user = user_of("")
     return {
         "ociVersion": OCI_VERSION,
         "hostname": container_id,
         "root": {"path": str(rootfs), "readonly": spec.writable == "no"},
         "process": {
             "terminal": False,
-            "user": {"uid": 0, "gid": 0},
+            "user": user,
             "args": list(spec.args),
             "env": [f"{name}={value}" for name, value in env.items()],
             "cwd": spec.cwd,
             "noNewPrivileges": True,
-            "capabilities": {kind: list(CAPABILITIES) for kind in ("bounding", "effective", "permitted")},
+            "capabilities": capabilities_of(user["uid"]),
             "rlimits": [
                 {"type": "RLIMIT_NOFILE", "soft": NOFILE, "hard": NOFILE},
                 *limits.rlimits(spec),
@@ -78,6 +80,19 @@ def make_config(
             **({"cgroupsPath": cgroup, "resources": limits.resources(spec)} if cgroup else {}),
         },
     }
+
+
+def user_of(text: str, groups: Sequence[int] = ()) -> dict[str, Any]:
+    """The OCI user of `UID[:GID]`, and its further groups; without a word root, without a GID root's."""
+    uid, _, gid = text.partition(":")
+    made: dict[str, Any] = {"uid": int(uid or 0), "gid": int(gid or 0)}
+    return {**made, "additionalGids": list(groups)} if groups else made
+
+
+def capabilities_of(uid: int) -> dict[str, list[str]]:
+    """As docker: who is not root has none, and could get back no more than these."""
+    kinds = ("bounding",) if uid else ("bounding", "effective", "permitted")
+    return {kind: list(CAPABILITIES) for kind in kinds}
 
 
 def own_mounts(spec: Spec, settings: Settings) -> list[dict[str, Any]]:

@@ -7,19 +7,21 @@ the sandbox's id: a worker that comes after a killed one ends what that one has 
 
 import asyncio
 import fcntl
+import json
 import os
 import signal
 import subprocess
 import termios
 from collections.abc import Coroutine, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from worker import conmon, faults, journal
+from worker import bundle, conmon, faults, journal
 from worker.calls import ExecCall, Talk
 from worker.errors import JournalError, RunscError, SandbatchError
+from worker.journal import Journal
 from worker.runsc import Runsc, clean_env, last_message
 from worker.settings import Settings
 from worker.spec import CONTAINER_ID
@@ -53,10 +55,11 @@ async def run_exec(settings: Settings, runsc: Runsc, call: ExecCall, talk: Talk)
     Raises:
         SandbatchError: The sandbox is not running, or runsc refuses.
     """
-    check_running(settings, call.container_id)
+    known = check_running(settings, call.container_id)
+    process = make_process(known, call)
     settings.execs_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     pid_file = settings.execs_dir / f"{call.container_id}.{call.call_id}"
-    run = _Run(runsc, call, talk, pid_file)
+    run = _Run(runsc, call, talk, pid_file, process)
     try:
         return await run.to_its_end()
     finally:
@@ -64,8 +67,9 @@ async def run_exec(settings: Settings, runsc: Runsc, call: ExecCall, talk: Talk)
         pid_file.unlink(missing_ok=True)
 
 
-def check_running(settings: Settings, container_id: str) -> None:
-    """
+def check_running(settings: Settings, container_id: str) -> Journal:
+    """The journal of a sandbox whose command runs.
+
     Raises:
         SandbatchError: The sandbox is not here, or its command does not run.
     """
@@ -77,28 +81,54 @@ def check_running(settings: Settings, container_id: str) -> None:
     if ended or not known.is_up:
         words = "has ended" if ended or known.is_unwinding else "does not run yet"
         raise SandbatchError(container_id, f"its command {words}", "see sandbatch show")
+    return known
+
+
+def make_process(known: Journal, call: ExecCall) -> dict[str, Any]:
+    """The command as an OCI process: the sandbox's own, but for what the call says.
+
+    runsc's flags would not do: without `--user` the runsc of 2024 takes root, whoever the sandbox's
+    own command runs as, and root would get no more capabilities than that one has.
+
+    Raises:
+        SandbatchError: Its bundle is gone: it has just ended.
+    """
+    try:
+        own = json.loads((known.bundle / "config.json").read_text())["process"]
+    except FileNotFoundError:
+        raise SandbatchError(known.container_id, "its command has ended", "see sandbatch show") from None
+    made = {**own, "args": list(call.args), "cwd": call.cwd or own["cwd"]}
+    made["env"] = [*own["env"], *(f"{name}={value}" for name, value in call.env.items())]  # the last counts
+    if call.user:
+        made["user"] = bundle.user_of(call.user)
+        made["capabilities"] = bundle.capabilities_of(made["user"]["uid"])
+    return made
 
 
 class _Run:
     """One command. Its pipes are read and written by this loop, its end is a pidfd's."""
 
-    def __init__(self, runsc: Runsc, call: ExecCall, talk: Talk, pid_file: Path) -> None:
+    def __init__(
+        self, runsc: Runsc, call: ExecCall, talk: Talk, pid_file: Path, process: dict[str, Any]
+    ) -> None:
         self._runsc, self._call, self._talk, self._pid_file = runsc, call, talk, pid_file
         self._loop = asyncio.get_running_loop()
         self._exited = asyncio.Event()
         self._wakes: set[asyncio.Event] = set()  # of readers, which also wait for the end
         self._written = 0  # bytes of output
         self._complaint = b""  # what runsc said of a command that it could not start
-        argv = faults.program("runsc.exec", self._argv())
-        self._process = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL", *argv],
-            stdin=subprocess.PIPE if call.stdin else subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=clean_env(),
-            start_new_session=True,
-            bufsize=0,
-        )
+        with _in_memory(json.dumps(process).encode()) as fd:
+            argv = faults.program("runsc.exec", self._argv(fd))
+            self._process = subprocess.Popen(
+                ["setpriv", "--pdeathsig", "KILL", *argv],
+                stdin=subprocess.PIPE if call.stdin else subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env=clean_env(),
+                start_new_session=True,
+                bufsize=0,
+                pass_fds=[fd],
+            )
         for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
             if pipe is not None:
                 os.set_blocking(pipe.fileno(), False)
@@ -147,16 +177,12 @@ class _Run:
             )
         return Ended(code)
 
-    def _argv(self) -> list[str]:
-        call = self._call
+    def _argv(self, process_fd: int) -> list[str]:
         return [
             *(str(self._runsc.binary), *self._runsc.global_args(), "exec"),
             f"--internal-pid-file={self._pid_file}",
-            *(f"--env={name}={value}" for name, value in call.env.items()),
-            *([f"--cwd={call.cwd}"] if call.cwd else []),
-            *([f"--user={call.user}"] if call.user else []),
-            call.container_id,
-            *call.args,
+            f"--process=/dev/fd/{process_fd}",
+            self._call.container_id,
         ]
 
     def _on_exit(self) -> None:
@@ -276,6 +302,19 @@ class _Run:
         return Ended(
             NOT_FOUND if is_missing else CANNOT_EXECUTE, words.partition(" in sandbox: ")[2] or words
         )
+
+
+@contextmanager
+def _in_memory(content: bytes) -> Iterator[int]:
+    """A file without a name: whatever is killed, nothing of it is left, and no one else can read it."""
+    fd = os.memfd_create("process.json")
+    try:
+        left = memoryview(content)
+        while left:
+            left = left[os.write(fd, left) :]
+        yield fd
+    finally:
+        os.close(fd)
 
 
 async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
