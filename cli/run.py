@@ -1,5 +1,6 @@
 """`sandbatch run`: its options as a spec, then the batch."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,12 +13,14 @@ from cli.plan import print_plan
 from cli.waiting import tell_failures, wait_for
 from tasks.state import State
 from worker.errors import BadInput
+from worker.image_ref import absolute
 from worker.settings import load_settings
 from worker.spec import make_spec
 
 app = typer.Typer()
 
 HELP_LIMITS, HELP_END, HELP_NETWORK, HELP_FILES = "Limits", "Its end", "Network", "Files"
+HELP_IMAGE = "Image"
 
 
 @app.command(
@@ -38,9 +41,12 @@ def run(
         bool, typer.Option("--reschedule", help="If its host is lost, launch it elsewhere under a new id.")
     ] = False,
     env: Annotated[list[str] | None, typer.Option("-e", "--env", metavar="K=V")] = None,
-    cwd: Annotated[str, typer.Option(metavar="DIR", help="Working directory.")] = "/",
+    cwd: Annotated[str | None, typer.Option(metavar="DIR", help="Working directory.")] = None,
     label: Annotated[list[str] | None, typer.Option("-l", "--label", metavar="K=V")] = None,
-    ready: Annotated[str, typer.Option(metavar="tcp:PORT|http:PORT/PATH|none")] = "none",
+    ready: Annotated[
+        str | None,
+        typer.Option(metavar="tcp:PORT|http:PORT/PATH|none", help="Default: a port that the image exposes."),
+    ] = None,
     ready_timeout: Annotated[float, typer.Option(metavar="S", help="Seconds until an answer.")] = 60.0,
     batch_name: Annotated[
         str | None, typer.Option(metavar="NAME", help="Name of the batch; one that is there grows.")
@@ -76,6 +82,10 @@ def run(
     stop_grace: Annotated[
         float, typer.Option(metavar="S", help="Between TERM and KILL.", rich_help_panel=HELP_END)
     ] = 10.0,
+    stop_signal: Annotated[
+        str | None,
+        typer.Option(metavar="SIGNAL", help="In place of TERM.", rich_help_panel=HELP_END),
+    ] = None,
     restart: Annotated[
         str, typer.Option(metavar="no|on-failure[:N]", help="What follows its end.", rich_help_panel=HELP_END)
     ] = "no",
@@ -138,6 +148,38 @@ def run(
         ),
     ] = False,
     # -- files
+    image: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REF",
+            help="docker://NAME, NAME, oci:DIR[:TAG], docker-archive:FILE, oci-archive:FILE.",
+            rich_help_panel=HELP_IMAGE,
+        ),
+    ] = None,
+    pull: Annotated[
+        str,
+        typer.Option(
+            metavar="missing|always|never", help="Whether to ask the registry.", rich_help_panel=HELP_IMAGE
+        ),
+    ] = "missing",
+    entrypoint: Annotated[
+        str | None,
+        typer.Option(metavar="CMD", help="In place of the image's and its Cmd.", rich_help_panel=HELP_IMAGE),
+    ] = None,
+    user: Annotated[
+        str,
+        typer.Option(
+            "-u", "--user", metavar="USER[:GROUP]", help="Names are the image's.", rich_help_panel=HELP_IMAGE
+        ),
+    ] = "",
+    group_add: Annotated[
+        list[int] | None,
+        typer.Option(metavar="GID", help="One more group.", rich_help_panel=HELP_IMAGE),
+    ] = None,
+    read_only: Annotated[
+        bool,
+        typer.Option("--read-only", help="As --writable no, with an image.", rich_help_panel=HELP_IMAGE),
+    ] = False,
     rootfs: Annotated[
         str,
         typer.Option(
@@ -158,13 +200,13 @@ def run(
         list[str] | None, typer.Option(metavar="TARGET[:size=SIZE]", rich_help_panel=HELP_FILES)
     ] = None,
     writable: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="no|memory|disk[:SIZE]",
-            help="Let it write to its root, for itself alone.",
+            help="Let it write to its root, for itself alone; by default no, with an image memory.",
             rich_help_panel=HELP_FILES,
         ),
-    ] = "no",
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -181,18 +223,25 @@ def run(
             raise BadInput("--reschedule", f"--host {host} leaves it no other host", "leave one of them out")
         if reschedule and attach:
             raise BadInput("--reschedule", "--attach follows one sandbox only", "leave one of them out")
+        if read_only and writable not in (None, "no"):
+            raise BadInput("--read-only", f"--writable {writable} is the contrary", "leave one of them out")
         settings = load_settings()
+        silent = {"cwd": cwd, "ready": ready}  # what an image may say
         spec = make_spec(
             args=args or [],
+            image=None if image is None else absolute(image, Path.cwd()),
+            pull=pull,
+            entrypoint=None if entrypoint is None else [entrypoint] if entrypoint else [],
+            user=user,
+            groups=group_add or [],
+            stop_signal=stop_signal,
             rootfs=rootfs,
             networks=[parse.network(one) for one in network or [settings.network]],
             host=host,
             on=dict(parse.pair(one, "--on") for one in on or []),
             reschedule=reschedule,
             env=dict(parse.pair(one, "--env") for one in env or []),
-            cwd=cwd,
             labels=dict(parse.pair(one, "--label") for one in label or []),
-            ready=ready,
             ready_timeout_s=ready_timeout,
             memory_bytes=None if memory is None else parse.size(memory, "--memory"),
             cpus=cpus,
@@ -211,7 +260,8 @@ def run(
             egress=parse.egress(egress or []),
             isolate=isolate,
             mounts=[*(parse.bind(one) for one in volume or []), *(parse.tmpfs(one) for one in tmpfs or [])],
-            **parse.writable(writable),
+            **{name: value for name, value in silent.items() if value is not None},
+            **({"writable": "no"} if read_only else parse.writable(writable) if writable else {}),
         )
         if dry_run:
             from worker import dryrun  # with it comes the whole host, which slows every other run down

@@ -73,8 +73,9 @@ def _check_here(spec: Spec, hosts: list[dict[str, Any]], settings: Settings) -> 
         found = {one.name: find_network(one.name, conf_dirs) for one in spec.networks}
         capabilities.check(spec, {name: capabilities.advertised(one) for name, one in found.items()})
     with suppress(PermissionError):  # of this user; the host's worker is root and looks again
-        lay_out(spec, own_mounts(spec, settings), settings)
-        names.check(spec, settings)
+        if spec.image is None:  # what is in one, only the host knows, once it has it
+            lay_out(spec, own_mounts(spec, settings), settings)
+            names.check(spec, settings)
     with suppress(HostNotReady):  # which sandbatch hosts says better
         check_overlay(spec, Runsc.from_settings(settings, hides_sysctl=False))
     limits.check_here(spec)
@@ -89,7 +90,7 @@ def _check_there(spec: Spec, hosts: list[dict[str, Any]]) -> None:
                 todo = f"known: {', '.join(known) or 'none'}"
                 raise BadNetwork(f"network {one.name}", "no host has it", todo)
         raise next(error for error in errors if error is not None)
-    if spec.rootfs != "host":
+    if spec.image is None and spec.rootfs != "host":
         allowed = sorted({folder for facts in hosts for folder in facts["rootfs_allow"]})
         if not any(Path(spec.rootfs).is_relative_to(folder) for folder in allowed):
             todo = f"allowed: {', '.join(allowed) or 'none'}"

@@ -4,12 +4,14 @@ import difflib
 import json
 import shlex
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
 from cli import parse
 from worker.errors import BadInput
+from worker.image_ref import absolute
 from worker.spec import Spec
 
 Fields = dict[str, Any]
@@ -62,6 +64,29 @@ def _command(value: Any, word: str) -> Fields:
         return {"args": shlex.split(value)}
     except ValueError as error:
         raise BadInput(word, f"{error} in its text", "write a list of words") from None
+
+
+def _image(value: Any, word: str) -> Fields:
+    return {"image": absolute(_text(value, word), Path.cwd())}
+
+
+def _entrypoint(value: Any, word: str) -> Fields:
+    """A list as in an image's config; a text is its one word, as docker's --entrypoint has it."""
+    return {"entrypoint": value if isinstance(value, list) else [value] if value else []}
+
+
+def _text_of(name: str) -> Callable[[Any, str], Fields]:
+    return lambda value, word: {name: _text(value, word)}
+
+
+def _numbers(name: str) -> Callable[[Any, str], Fields]:
+    return lambda value, word: {name: _list(value)}
+
+
+def _read_only(value: Any, word: str) -> Fields:
+    if str(value).lower() not in ("true", "yes", "false", "no"):
+        raise BadInput(word, "true or false is needed", "or say it by writable: no, memory, disk")
+    return {"writable": "no"} if str(value).lower() in ("true", "yes") else {}
 
 
 def _seconds(name: str) -> Callable[[Any, str], Fields]:
@@ -128,6 +153,14 @@ WORDS: dict[str, tuple[str, Callable[[Any, str], Fields]]] = {
     "hosts": ("hosts", _hosts),
     "egress": ("egress", _egress),
     "isolate": ("isolate", _plain("isolate")),
+    "image": ("image", _image),
+    "pull": ("pull", _plain("pull")),
+    "entrypoint": ("entrypoint", _entrypoint),
+    "user": ("user", _text_of("user")),
+    "group_add": ("groups", _numbers("groups")),
+    "groups": ("groups", _numbers("groups")),
+    "stop_signal": ("stop_signal", _text_of("stop_signal")),
+    "read_only": ("writable", _read_only),
     "rootfs": ("rootfs", _plain("rootfs")),
     "volume": ("volume", _mount),
     "mount": ("mount", _mount),

@@ -72,7 +72,7 @@ def dry_run(spec: Spec, settings: Settings) -> dict[str, Any]:
 def _journal(spec: Spec, settings: Settings) -> Journal:
     """A journal of no sandbox, in no file."""
     folder = settings.sandboxes_dir / CONTAINER_ID
-    return Journal(folder, CONTAINER_ID, attempt=1, batch="", boot="", created_at=now(), spec=spec)
+    return Journal(folder, CONTAINER_ID, attempt=1, batch="", boot="", created_at=now(), asked=spec)
 
 
 def _calls(host: Host, links: list[attachments.Planned], unknown: dict[str, str]) -> Iterator[dict[str, Any]]:

@@ -78,7 +78,7 @@ class Journal:
     batch: str
     boot: str
     created_at: str
-    spec: Spec
+    asked: Spec  # as the user asked for it
     seq: int = 0
     runs: list[StageRun] = field(default_factory=list)
     intents: dict[str, dict[str, Any]] = field(default_factory=dict)  # stage -> what its undo must know
@@ -87,8 +87,14 @@ class Journal:
     facts: dict[str, Any] = field(default_factory=dict)
     _begun: dict[str, bool] = field(default_factory=dict)  # stage -> done; absent: not begun or undone
     _stale: set[str] = field(default_factory=set)  # begun by an attempt that is over
+    _spec: Spec | None = None  # with what its image says, once that is there
 
     # -- what it says ------------------------------------------------------------------------------
+
+    @property
+    def spec(self) -> Spec:
+        """What is launched: as asked, and where that is silent, as the image says, once it is there."""
+        return self._spec or self.asked
 
     @property
     def begun(self) -> list[str]:
@@ -192,6 +198,8 @@ class Journal:
         elif kind == "done":
             self._begun[stage] = True
             self.data[stage] = event["data"]
+            if stage == "image":
+                self._spec = self.asked.model_copy(update=event["data"]["spec"])
             self._end(stage, "do", "done", at)
         elif kind == "failed":
             self._end(stage, "do", "failed", at, event["message"])
@@ -200,6 +208,8 @@ class Journal:
         elif kind == "undone":
             self._begun.pop(stage, None)
             self.data.pop(stage, None)
+            if stage == "image":
+                self._spec = None
             self._stale.discard(stage)
             self._end(stage, "undo", "done", at)
         elif kind == "undo-failed":
@@ -294,7 +304,7 @@ def read(folder: Path, *, cut: bool = False) -> Journal:
             batch=head["batch"],
             boot=head["boot_id"],
             created_at=head["t"],
-            spec=Spec(**head["spec"]),
+            asked=Spec(**head["spec"]),
         )
         if not CONTAINER_ID.fullmatch(journal.container_id) or journal.container_id != folder.name:
             why = f"is of {journal.container_id!r}"

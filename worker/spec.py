@@ -11,14 +11,17 @@ from pydantic import (
     Field,
     SerializerFunctionWrapHandler,
     ValidationError,
+    ValidationInfo,
     model_serializer,
     model_validator,
 )
 
 from worker.errors import BadInput
+from worker.image_ref import parse_image
 from worker.spec_parts import (
     MOST_NETWORKS,
     NETWORK_NAME,
+    NUMBERS,
     RESTART,
     Bandwidth,
     Mount,
@@ -30,8 +33,10 @@ from worker.spec_parts import (
     egress_rule,
     host_labels,
     restart_policy,
+    signal_name,
     stamp,
     text,
+    user_words,
 )
 
 __all__ = ["CONTAINER_ID", "HOST_NAME", "NETWORK_NAME", "READY", "ContainerId", "Spec", "make_spec"]
@@ -40,8 +45,14 @@ CONTAINER_ID = re.compile(r"^sb-[0-9a-f]{16}$")  # one length: runsc matches ids
 HOST_NAME = re.compile(r"^[a-zA-Z0-9][a-zA-Z0-9_.\-]{0,62}$")
 ENV_NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
 READY = re.compile(r"^(?:none|tcp:(?P<tcp>[0-9]{1,5})|http:(?P<http>[0-9]{1,5})(?P<path>/[\x21-\x7e]*))$")
-YOUNGER = ("on", "reschedule")  # fields that a host of release 0.1.0 forbids: a spec that has one is spec/v2
-KINDS = ("spec/v1", "spec/v2")  # that this release can launch
+# Fields that hosts of an older release forbid: a spec that has one is of the kind that knows it.
+YOUNGER = {
+    **dict.fromkeys(("on", "reschedule"), "spec/v2"),
+    **dict.fromkeys(("image", "pull", "entrypoint", "user", "groups", "stop_signal"), "spec/v3"),
+}
+KINDS = ("spec/v1", "spec/v2", "spec/v3")  # that this release can launch
+OF_IMAGE = "image"  # `ready`: what the image says
+MOST_ID = 2**32 - 2
 
 
 def new_container_id() -> str:
@@ -60,6 +71,27 @@ def command(value: list[str]) -> list[str]:
     return value
 
 
+def _command(value: list[str], info: ValidationInfo) -> list[str]:
+    """An image may know one itself."""
+    return value if info.data.get("image") else command(value)
+
+
+def _image(value: str) -> str:
+    return str(parse_image(value))
+
+
+def _cwd(value: str, info: ValidationInfo) -> str:
+    return value if not value and info.data.get("image") else clean_path(value)
+
+
+def _user(value: str, info: ValidationInfo) -> str:
+    if value and not NUMBERS.fullmatch(value) and not info.data.get("image"):
+        raise ValueError("numbers are needed, UID[:GID]: names are looked up in an image")
+    if any(int(part) > MOST_ID for part in user_words(value).split(":") if part.isdigit()):
+        raise ValueError(f"a number is {MOST_ID} at most")
+    return value
+
+
 def host_name(value: str) -> str:
     """The name, if it can be one of a host, and of its queue."""
     if not HOST_NAME.fullmatch(value):
@@ -67,7 +99,9 @@ def host_name(value: str) -> str:
     return value
 
 
-def _ready(value: str) -> str:
+def _ready(value: str, info: ValidationInfo) -> str:
+    if value == OF_IMAGE and info.data.get("image"):
+        return value
     match = READY.fullmatch(value)
     port = match and (match["tcp"] or match["http"])
     if not match or (port and not 1 <= int(port) <= 65535):
@@ -105,8 +139,16 @@ class Spec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
 
-    kind: Literal["spec/v1", "spec/v2"] = "spec/v1"  # hosts are upgraded one by one
-    args: Annotated[list[Annotated[str, AfterValidator(text)]], AfterValidator(command)]
+    kind: Literal["spec/v1", "spec/v2", "spec/v3"] = "spec/v1"  # hosts are upgraded one by one
+
+    # Its programs: an image, whose config says what is not said here, or a rootfs.
+    image: Annotated[str, AfterValidator(_image)] | None = None
+    pull: Literal["missing", "always", "never"] = "missing"
+    args: Annotated[list[Annotated[str, AfterValidator(text)]], AfterValidator(_command)]
+    entrypoint: list[Annotated[str, AfterValidator(text)]] | None = None  # [] takes the image's away
+    user: Annotated[str, AfterValidator(_user)] = ""
+    groups: list[Annotated[int, Field(ge=0, le=MOST_ID)]] = Field(default_factory=list, max_length=64)
+    stop_signal: Annotated[str, AfterValidator(signal_name)] | None = None  # None: TERM
     rootfs: Annotated[str, AfterValidator(_rootfs)] = "host"
     networks: list[NetworkRequest] = Field(
         default_factory=lambda: [NetworkRequest(name="sandbatch")], min_length=1, max_length=MOST_NETWORKS
@@ -117,7 +159,7 @@ class Spec(BaseModel):
     )  # a host's labels
     reschedule: bool = False  # launched elsewhere, under a new id, if its host is lost
     env: Annotated[dict[str, str], AfterValidator(environment)] = Field(default_factory=dict)
-    cwd: Annotated[str, AfterValidator(clean_path)] = "/"
+    cwd: Annotated[str, AfterValidator(_cwd)] = "/"  # "": that of the image
     labels: Annotated[dict[str, str], AfterValidator(_labels)] = Field(default_factory=dict)
     ready: Annotated[str, AfterValidator(_ready)] = "none"
     ready_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 60.0
@@ -160,8 +202,22 @@ class Spec(BaseModel):
             del value["network"]
         return value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _as_the_image_says(cls, value: Any) -> Any:
+        """With an image, silence means its config; and a root to write to, as with docker."""
+        if isinstance(value, dict) and value.get("image") is not None:
+            value = {"args": [], "cwd": "", "ready": OF_IMAGE, "writable": "memory", **value}
+        return value
+
     @model_validator(mode="after")
     def _fits_together(self) -> "Spec":
+        if self.image is not None and self.rootfs != "host":
+            raise ValueError("image and rootfs: a sandbox has one of them")
+        if self.image is None:
+            for name in ("entrypoint", "pull"):
+                if getattr(self, name) not in (None, "missing"):
+                    raise ValueError(f"{name}: is about an image, and none is named")
         names = [one.name for one in self.networks]
         if len(set(names)) != len(names):
             raise ValueError("networks: one of them is named twice")
@@ -178,15 +234,22 @@ class Spec(BaseModel):
     @model_validator(mode="after")
     def _is_of_the_least_kind(self) -> "Spec":
         """The oldest that it can be, so that as many hosts as possible can launch it."""
-        self.__dict__["kind"] = KINDS[1] if any(getattr(self, name) for name in YOUNGER) else KINDS[0]
+        asked = [kind for name, kind in YOUNGER.items() if self._is_asked_for(name)]
+        self.__dict__["kind"] = max(asked, default=KINDS[0])
         return self
+
+    def _is_asked_for(self, name: str) -> bool:
+        if name == "pull":  # says nothing without an image, which asks for the same kind
+            return self.image is not None
+        value = getattr(self, name)
+        return value is not None if name in ("image", "entrypoint", "stop_signal") else bool(value)
 
     @model_serializer(mode="wrap")
     def _without_what_nobody_asked_for(self, as_usual: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """So that a host of the release before can read the spec: in the record, and in its own journal."""
         made: dict[str, Any] = as_usual(self)
         for name in YOUNGER:
-            if not made.get(name):
+            if not self._is_asked_for(name):
                 made.pop(name, None)
         return made
 

@@ -2,6 +2,8 @@
 
 import ipaddress
 import re
+import signal
+from contextlib import suppress
 from datetime import datetime
 from pathlib import PurePosixPath
 from typing import Annotated, Literal
@@ -21,6 +23,10 @@ EGRESS = re.compile(
 HOST_LABEL = re.compile(r"^[a-zA-Z0-9][a-zA-Z0-9_./\-]{0,62}$")  # no '=' and ',': they are written K=V,K=V
 MOST_NETWORKS = 8
 MOST_HOST_LABELS = 64
+NAME_OR_NUMBER = r"(?:[0-9]{1,10}|[a-zA-Z_][a-zA-Z0-9_.\-]{0,63}\$?)"
+USER = re.compile(rf"{NAME_OR_NUMBER}(?::{NAME_OR_NUMBER})?")
+NUMBERS = re.compile(r"[0-9]{1,10}(?::[0-9]{1,10})?")
+REAL_TIME = re.compile(r"(?:SIG)?RT(?P<end>MIN|MAX)(?:[+-](?P<offset>[0-9]{1,2}))?")
 KERNELS_OWN = ("proc", "sys", "dev")  # gVisor's own there; a mount over them would break the sandbox
 
 SIZE = re.compile(r"^(?P<number>[0-9]+(?:\.[0-9]+)?)(?P<unit>[kmgt]?)(?:i?b)?$", re.IGNORECASE)
@@ -44,6 +50,31 @@ def size(value: str) -> int:
     if match is None:
         raise ValueError("a size is needed, such as 512m or 2g")
     return int(float(match["number"]) * 1024 ** UNITS.index(match["unit"].lower()))
+
+
+def signal_name(value: str) -> str:
+    """A signal as `SIGINT`, whether written so, as `int`, or as a number; one of real time as its number."""
+    name = value.strip().upper()
+    if match := REAL_TIME.fullmatch(name):
+        first, offset = (signal.SIGRTMIN, 1) if match["end"] == "MIN" else (signal.SIGRTMAX, -1)
+        name = str(first + offset * int(match["offset"] or 0))
+    with suppress(ValueError, KeyError):
+        number = (
+            int(name)
+            if name.isascii() and name.isdigit()
+            else signal.Signals[f"SIG{name.removeprefix('SIG')}"]
+        )
+        if 1 <= number <= signal.SIGRTMAX:
+            is_named = number < signal.SIGRTMIN
+            return signal.Signals(number).name if is_named else str(int(number))
+    raise ValueError("a signal is needed, such as SIGINT or 2")
+
+
+def user_words(value: str) -> str:
+    """`USER[:GROUP]`, each a number or a name; of the image that the sandbox has."""
+    if value and not USER.fullmatch(value):
+        raise ValueError("USER[:GROUP] is needed, each a name or a number")
+    return value
 
 
 def clean_path(value: str) -> str:

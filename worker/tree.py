@@ -38,6 +38,11 @@ class Tree:
 
     def follow(self, path: str) -> str:
         """As `look`; symlinks are followed inside the sandbox's root, never on the host."""
+        real = self.real(path)
+        return "" if real is None else self.look(real)
+
+    def real(self, path: str) -> PurePosixPath | None:
+        """Where a path leads, by way of symlinks inside the root; None if they go round in circles."""
         left, inside, links = list(PurePosixPath(path).parts[1:]), PurePosixPath("/"), 0
         while left:
             part = left.pop(0)
@@ -50,12 +55,12 @@ class Tree:
                 continue
             links += 1
             if links > MOST_LINKS:
-                return ""
+                return None
             target = PurePosixPath(kind.removeprefix("-> "))
             if target.is_absolute():
                 inside = PurePosixPath("/")
             left = [part for part in target.parts if part != "/"] + left
-        return self.look(inside)
+        return inside
 
     def host_side(self, path: PurePosixPath) -> Path | None:
         """Where it lies on the host; None where it is only planned."""
