@@ -73,7 +73,7 @@ def command(value: list[str]) -> list[str]:
 
 def _command(value: list[str], info: ValidationInfo) -> list[str]:
     """An image may know one itself."""
-    return value if info.data.get("image") else command(value)
+    return value if info.data.get("image", True) else command(value)
 
 
 def _image(value: str) -> str:
@@ -81,11 +81,11 @@ def _image(value: str) -> str:
 
 
 def _cwd(value: str, info: ValidationInfo) -> str:
-    return value if not value and info.data.get("image") else clean_path(value)
+    return value if not value and info.data.get("image", True) else clean_path(value)
 
 
 def _user(value: str, info: ValidationInfo) -> str:
-    if value and not NUMBERS.fullmatch(value) and not info.data.get("image"):
+    if value and not NUMBERS.fullmatch(value) and not info.data.get("image", True):
         raise ValueError("numbers are needed, UID[:GID]: names are looked up in an image")
     if any(int(part) > MOST_ID for part in user_words(value).split(":") if part.isdigit()):
         raise ValueError(f"a number is {MOST_ID} at most")
@@ -100,7 +100,7 @@ def host_name(value: str) -> str:
 
 
 def _ready(value: str, info: ValidationInfo) -> str:
-    if value == OF_IMAGE and info.data.get("image"):
+    if value == OF_IMAGE and info.data.get("image", True):
         return value
     match = READY.fullmatch(value)
     port = match and (match["tcp"] or match["http"])

@@ -301,3 +301,23 @@ def test_needs_are_looked_at_once_and_name_all_their_lines():
         batch_specs.check_needs(batch, validate)
     assert len(looked) == 2
     assert "98, 100 and 9950 more: network moon" in caught.value.lines[0]
+
+
+def test_an_image_in_the_defaults_needs_no_command_and_a_spec_may_do_without_it(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    own, bare, entry = read(
+        "defaults: {image: 'oci:layout:v1', read_only: yes}\n"
+        "specs:\n- {command: serve}\n- {image: null, writable: null, command: [id]}\n"
+        "- {entrypoint: sh, user: app, groups: [5]}\n"
+    ).specs
+    assert (own.image, own.args, own.writable) == (f"oci:{tmp_path}/layout:v1", ["serve"], "no")
+    assert (bare.image, bare.kind) == (None, "spec/v1")
+    assert (entry.args, entry.entrypoint, entry.user, entry.groups) == ([], ["sh"], "app", [5])
+
+
+def test_what_is_wrong_with_an_image_names_its_line():
+    assert lines("specs:\n- image: A/B\n- {image: a, read_only: perhaps}\n- {image: a, rootfs: /x}\n") == [
+        "jobs.yaml line 2: image: 'A/B': 'B' is no repository: its name must be lowercase; correct it",
+        "jobs.yaml line 3: read_only: true or false is needed; or say it by writable: no, memory, disk",
+        "jobs.yaml line 4: spec: image and rootfs: a sandbox has one of them; correct it",
+    ]
