@@ -28,7 +28,9 @@ RUN apt-get update \
       nftables \
       python3 \
       runsc \
+      skopeo \
       tini \
+      umoci \
       util-linux \
  && rm -rf /var/lib/apt/lists/*
 # The same place as in the first stage: the scripts of an environment name their interpreter by its path.

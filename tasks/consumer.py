@@ -27,7 +27,7 @@ from tasks.connection import connect
 from tasks.foreign import foreign
 from tasks.host_step import HostStep, host_owner
 from tasks.record import Record
-from worker import faults, gc, reconcile, stages
+from worker import faults, gc, image_audit, reconcile, stages
 from worker.errors import HostNotReady
 from worker.locks import lock_within
 from worker.rootfs import host_rootfs
@@ -96,6 +96,7 @@ def run_worker(*, log_level: str = "INFO") -> None:
     take_name(current)
     HostStep.due_at_start = reconcile.at_start(current)  # before any message: it fences the old ones off
     gc.collect(current)  # logs what fails, and keeps no worker from its work
+    image_audit.at_start(current)
     readable = foreign().put_back()
     if readable:
         log.info("%d messages that another release could not read go back to their queues", readable)

@@ -16,6 +16,7 @@ from worker import (
     attachments,
     cni_cache,
     egress_audit,
+    image_audit,
     journal,
     limits,
     logs,
@@ -48,9 +49,9 @@ MASQUERADE_TABLE = "cni_plugins_masquerade"  # of plugins that work through nfta
 
 @dataclass(frozen=True, order=True)
 class Finding:
-    """One object: `problem` is "extra", "missing", "stuck" or "unreadable".
+    """One object: `problem` is "extra", "missing", "stuck", "unreadable" or "changed".
 
-    Of `audit --deep` also "changed", and what is no fault: "expected" and "skipped".
+    Of `audit --deep` also what is no fault: "expected" and "skipped".
     """
 
     kind: str
@@ -132,6 +133,8 @@ def _look(settings: Settings) -> set[Finding]:
     _files(look, done)
     _processes(look)
     _mounts_and_cgroups(look)
+    for name, problem, container_id, detail in image_audit.look(settings, journals):
+        look._add("image", name, problem, container_id, detail)
     return look.findings
 
 

@@ -1,10 +1,10 @@
-"""CNI CHECK of each running sandbox's attachment: `sandbatch audit --deep`. Changes nothing."""
+"""`sandbatch audit --deep`: CNI CHECK of each running sandbox's attachment; images. Changes nothing."""
 
 import re
 from dataclasses import replace
 from ipaddress import ip_address
 
-from worker import attachments, journal
+from worker import attachments, image_audit, journal
 from worker.attachments import Planned
 from worker.audit import Finding
 from worker.cni import CniRuntime
@@ -24,7 +24,8 @@ OTHER_FAMILY = "expected: the sandbox has no address of this family, and the plu
 
 
 def check_all(settings: Settings) -> list[Finding]:
-    """What the plugins say about each attachment of a running sandbox, one finding each complaint.
+    """What the plugins say about each attachment of a running sandbox, one finding each complaint; and
+    images that are no longer as they were pulled.
 
     netstack takes the addresses off the interface when the sandbox starts (DESIGN, point 1), so the
     complaint about these is "expected". The netns of a live sandbox stays as it is: to put them back
@@ -43,7 +44,8 @@ def check_all(settings: Settings) -> list[Finding]:
             findings.append(_finding(known, "skipped", "somebody works on it at the moment"))
         except JournalError:
             continue  # it has just ended
-    return sorted(findings)
+    changed = image_audit.check_contents(settings)
+    return sorted([*findings, *(Finding("image", *one) for one in changed)])
 
 
 def _check(cni: CniRuntime, known: Journal, runsc_network: str) -> list[Finding]:

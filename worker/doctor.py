@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from worker import limits, nft, process
 from worker.cni import CniRuntime
@@ -27,7 +28,10 @@ PROGRAMS = {
     "unshare": "util-linux",
 }
 # What only some specs need: a host without it refuses these, and works for all others.
-OPTIONAL = {"nft": "nftables"}
+OPTIONAL = {"nft": "nftables", "skopeo": "skopeo", "umoci": "umoci"}
+IMAGES = ("skopeo", "umoci")
+# Without one skopeo copies nothing; its package brings it, but one of the two may have been taken by hand.
+POLICY, POLICY_PACKAGE = "image policy", "golang-github-containers-common"
 PLUGINS = ("bridge", "host-local", "loopback")
 
 
@@ -51,6 +55,7 @@ def doctor(settings: Settings) -> list[Row]:
     rows = [_root()]
     rows += [_program(name) for name in PROGRAMS]
     rows.append(_nft())
+    rows += [*map(_image_program, IMAGES), _policy()]
     rows += list(_plugins(settings))
     rows += [_network(settings), _cgroups(), _runsc(settings)]
     return rows
@@ -63,7 +68,7 @@ def check_host(settings: Settings) -> None:
         HostNotReady: The first thing that is lacking, as `doctor` says it.
     """
     for row in doctor(settings):
-        if not row.ok and row.name not in OPTIONAL:
+        if not row.ok and row.name not in (*OPTIONAL, POLICY):
             raise HostNotReady(row.name, row.found, row.mend)
 
 
@@ -94,6 +99,30 @@ def _nft() -> Row:
     mend = "for --egress and --isolate the kernel needs nf_tables for bridge and inet" if words else ""
     found = f"{path}: {words}" if words else path
     return Row("nft", found, version[0] if version else "", not words, mend)
+
+
+def _image_program(name: str) -> Row:
+    path = shutil.which(name)
+    if path is None:
+        mend = f"for --image: {SETUP}, or apt-get install {OPTIONAL[name]}"
+        return Row(name, "not on the PATH", "", False, mend)
+    version = re.search(r"\d+(?:\.\d+)+", process.run([path, "--version"], timeout_s=10).stdout)
+    return Row(name, path, version[0] if version else "", True, "")
+
+
+def policy_file() -> Path | None:
+    """Which images skopeo accepts; None if there is no such file, and it accepts none."""
+    config = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    places = (config / "containers/policy.json", Path("/etc/containers/policy.json"))
+    return next((one for one in places if one.is_file()), None)
+
+
+def _policy() -> Row:
+    file = policy_file()
+    if file is None:
+        mend = f"for --image: {SETUP}, or apt-get install {POLICY_PACKAGE}"
+        return Row(POLICY, "no /etc/containers/policy.json", "", False, mend)
+    return Row(POLICY, str(file), "", True, "")
 
 
 def _plugins(settings: Settings) -> Iterator[Row]:

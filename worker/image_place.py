@@ -56,13 +56,13 @@ def working(place: Path, check: Callable[[], None]) -> Iterator[None]:
         check()
 
 
-def delete_tree(place: Path) -> None:
+def delete_tree(place: Path, timeout_s: float = DELETE_S) -> None:
     """By rm: a hostile tree may be deeper than Python recurses, and than a path is long.
 
     Raises:
         ImageError: rm's last words.
     """
-    done = process.run(["rm", "-rf", "--one-file-system", "--", place], timeout_s=DELETE_S)
+    done = process.run(["rm", "-rf", "--one-file-system", "--", place], timeout_s=timeout_s)
     if done.returncode:
         raise ImageError(str(place), process.last_words(done.stderr), "remove it by hand")
 

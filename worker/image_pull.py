@@ -4,20 +4,19 @@ Nothing of it is ever run here. What was begun lies in one folder under its lock
 a killed pull leaves that folder unlocked, and nobody ever uses it.
 """
 
-import json
 import threading
-import time
 from pathlib import Path
 
 from worker import faults
 from worker.errors import ImageError
+from worker.image_entry import ROOTFS, Image, write_entry
 from worker.image_fetch import TEMPORARY, Fetch, Progress, Tell, resolve
 from worker.image_guard import Guard, measure
 from worker.image_manifest import LAYOUT, NAME, read_config
 from worker.image_place import delete_tree, sync_disk, working
 from worker.image_points import make_points
 from worker.image_ref import ImageRef
-from worker.image_store import FILE, ROOTFS, VERSION, Image, ImageStore
+from worker.image_store import ImageStore
 from worker.image_words import SPACE
 from worker.settings import Settings
 
@@ -69,16 +68,7 @@ def _bring(store: ImageStore, fetch: Fetch, place: Path) -> None:
     make_points(root, config)
     size = measure(root)
     Guard(store.settings, fetch.what).judge(size)
-    about = {
-        "kind": VERSION,
-        "digest": fetch.digest,
-        "config": config,
-        "size_bytes": size.bytes,
-        "files": size.files,
-        "dropped": dropped,
-        "pulled_at": time.time(),
-    }
-    (place / FILE).write_text(json.dumps(about))
+    write_entry(place, fetch.digest, config, size, dropped)
     sync_disk(place)
     fetch.check()  # the sync may have taken its time
     faults.point("image.put.before")

@@ -2,7 +2,7 @@
 
     sha256-HEX/image.json, sha256-HEX/rootfs/   an image, renamed into place whole
     sha256-HEX.used                             its mtime: when a sandbox used it last
-    refs/HEX.json                               what a reference led to, when it was last resolved here
+    refs/HEX.json                               what a reference led to (`worker.image_refs`)
     .pulling-HEX/, .removing-HEX.UNIQUE/        work under way: `flock`ed, or left over
     .lock                                       shared: a use begins; exclusive: one comes or goes
 
@@ -12,51 +12,31 @@ one of the two always sees the other. The folder is root's alone: files of image
 """
 
 import fcntl
-import hashlib
-import json
 import os
 import re
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
 from worker import journal
 from worker.errors import BadInput, ImageError
-from worker.image_place import delete_tree, held, sync_folder
+from worker.image_entry import ENTRY, Image, read_entry
+from worker.image_place import DELETE_S, delete_tree, held, sync_folder
 from worker.image_ref import ImageRef, is_digest, parse_image
+from worker.image_refs import References
 from worker.limits import in_words
 from worker.settings import Settings
 
-VERSION = "image/v1"
-FILE, ROOTFS, REFS = "image.json", "rootfs", "refs"
-ENTRY = re.compile(r"^sha256-([0-9a-f]{64})$")
-PULLING, REMOVING = ".pulling-", ".removing-"
+__all__ = ["Image", "ImageStore"]
+
+PULLING, REMOVING, USED = ".pulling-", ".removing-", ".used"
+OURS = re.compile(
+    rf"^(?:\.lock|refs|lost\+found|sha256-[0-9a-f]{{64}}(?:\{USED})?|\.(?:pulling|removing)-.*)$"
+)
 PREFIX = re.compile(r"^(?:sha256:)?([0-9a-f]{6,64})$")
 STAGE = "image"
-STRAY_S = 3600.0  # a reference may be noted a while before its image is here
-
-
-@dataclass(frozen=True)
-class Image:
-    """One image of this host. `config` is its whole OCI configuration; times in seconds since the epoch."""
-
-    digest: str
-    folder: Path
-    config: dict[str, Any]
-    size_bytes: int
-    files: int
-    dropped: int
-    references: tuple[str, ...]
-    pulled_at: float
-    used_at: float
-
-    @property
-    def rootfs(self) -> Path:
-        return self.folder / ROOTFS
 
 
 class ImageStore:
@@ -65,23 +45,26 @@ class ImageStore:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.folder = settings.images_dir
+        self._references = References(self.folder / "refs")
 
     # -- what is there -----------------------------------------------------------------------------
 
     def find(self, digest: str) -> Image | None:
         """The image with this digest; None if it is not here, or its description cannot be read."""
-        return self._read(digest, self._references().get(digest, ())) if is_digest(digest) else None
+        if not is_digest(digest):
+            return None
+        return read_entry(self.entry(digest), self._references.by_digest().get(digest, ()))
 
     def lookup(self, ref: ImageRef) -> str | None:
         """The digest that a reference led to when it was last resolved here, if that image is still here."""
-        digest = ref.digest or self._noted(self._ref_file(ref)).get("digest", "")
-        return digest if self._read(digest, ()) is not None else None
+        digest = ref.digest or self._references.digest(ref)
+        return digest if is_digest(digest) and read_entry(self.entry(digest), ()) else None
 
     def all(self) -> list[Image]:
         """Every image, the one that was used last first."""
-        references = self._references()
-        digests = [f"sha256:{match[1]}" for match in map(ENTRY.match, self._names()) if match]
-        found = [self._read(digest, references.get(digest, ())) for digest in digests]
+        references = self._references.by_digest()
+        names = [(name, f"sha256:{match[1]}") for name in self._names() if (match := ENTRY.match(name))]
+        found = [read_entry(self.folder / name, references.get(digest, ())) for name, digest in names]
         return sorted((one for one in found if one is not None), key=lambda one: (-one.used_at, one.digest))
 
     def users(self) -> dict[str, list[str]]:
@@ -107,19 +90,30 @@ class ImageStore:
                 found.setdefault(digest, []).append(known.container_id)
         return found
 
+    def left_over(self) -> list[str]:
+        """Names of what killed pulls and removals have left."""
+        found = []
+        for name in self._names():
+            if name.startswith((PULLING, REMOVING)):
+                with held(self.folder / name) as is_ours:
+                    found += [name] if is_ours else []
+        return found
+
+    def broken(self) -> list[Path]:
+        """Entries that nobody can use."""
+        folders = [self.folder / name for name in self._names() if ENTRY.match(name)]
+        return [one for one in folders if read_entry(one, ()) is None and os.path.lexists(one)]
+
+    def strangers(self) -> list[Path]:
+        """What is none of ours."""
+        return [self.folder / name for name in self._names() if not OURS.match(name)]
+
     # -- a launch ----------------------------------------------------------------------------------
 
     def note(self, ref: ImageRef, digest: str) -> None:
         """Remember what a reference leads to."""
-        file = self._ref_file(ref)
         self._make_folders()
-        text = json.dumps({"reference": str(ref), "digest": digest, "at": time.time()})
-        temporary = file.with_name(f".{file.name}.{os.getpid()}-{uuid4().hex[:8]}")
-        try:
-            temporary.write_text(text)
-            temporary.rename(file)  # unsynced: after a power cut it is resolved again
-        finally:
-            temporary.unlink(missing_ok=True)
+        self._references.note(ref, digest)
 
     def use(self, digest: str) -> Image:
         """The image for a sandbox whose journal names it already: it stays until that is undone.
@@ -127,17 +121,22 @@ class ImageStore:
         Raises:
             ImageError: It is not here (any more).
         """
-        with self.locked(fcntl.LOCK_SH):
+        with self._locked(fcntl.LOCK_SH):
             image = self.find(digest)
             if image is None:
                 raise ImageError(f"image {digest}", "is not on this host", "pull it", can_pass=True)
-            self.touch(digest)
+            self._used_file(image.folder).touch()
             return image
 
-    def touch(self, digest: str) -> None:
-        self._used_file(digest).touch()
-
     # -- what comes and goes -----------------------------------------------------------------------
+
+    def pulling(self, name: str) -> Path:
+        """The folder of a pull under way, for `image_place.working`; `name`: the digest's hex digits."""
+        self._make_folders()
+        return self.folder / f"{PULLING}{name}"
+
+    def entry(self, digest: str) -> Path:
+        return self.folder / digest.replace(":", "-")
 
     def put(self, place: Path, digest: str, size_bytes: int) -> None:
         """Give an image that is whole, and on the disk, its name; what was used longest ago makes room.
@@ -145,13 +144,15 @@ class ImageStore:
         Raises:
             ImageError: The limit of all images would be passed, whatever is removed.
         """
-        with ExitStack() as gone, self.locked(fcntl.LOCK_EX):
+        folder = self.entry(digest)
+        with ExitStack() as gone, self._locked(fcntl.LOCK_EX):
             for one in self._too_many(size_bytes):
                 self._take_away(one, gone)
-            self._take_broken(digest, gone)
-            place.rename(self.entry(digest))
+            if os.path.lexists(folder):  # else it would be found, and no pull be asked for
+                self._take_broken(folder, gone)
+            place.rename(folder)
             sync_folder(self.folder)
-            self.touch(digest)
+            self._used_file(folder).touch()
 
     def remove(self, words: str) -> Image:
         """Remove the image that a reference, or the first digits of a digest, names.
@@ -159,7 +160,7 @@ class ImageStore:
         Raises:
             BadInput: There is none, more than one, or it is in use; the words name its users.
         """
-        with ExitStack() as gone, self.locked(fcntl.LOCK_EX):
+        with ExitStack() as gone, self._locked(fcntl.LOCK_EX):
             image = self._named(words)
             users = self.users().get(image.digest)
             if users:
@@ -171,7 +172,7 @@ class ImageStore:
     def prune(self, older_than_s: float) -> list[Image]:
         """Remove the images that no sandbox uses, nor has used for so long; returns them."""
         before = time.time() - older_than_s
-        with ExitStack() as gone, self.locked(fcntl.LOCK_EX):
+        with ExitStack() as gone, self._locked(fcntl.LOCK_EX):
             users = self.users()
             found = [one for one in self.all() if one.digest not in users and one.used_at <= before]
             for image in found:
@@ -184,38 +185,40 @@ class ImageStore:
         Raises:
             ImageError: They would not be, even without all images that nobody uses; then none is removed.
         """
-        with ExitStack() as gone, self.locked(fcntl.LOCK_EX):
+        with ExitStack() as gone, self._locked(fcntl.LOCK_EX):
             found = self._too_many(size_bytes)
             for image in found:
                 self._take_away(image, gone)
         return found
 
-    def clean(self) -> list[str]:
-        """Remove what killed pulls and removals have left; returns the names."""
-        self._forget_strays()
-        return [name for name in self._names() if name.startswith((PULLING, REMOVING)) and self._clear(name)]
+    def clean(self, timeout_s: float = DELETE_S) -> list[str]:
+        """Remove what killed pulls and removals have left; returns the names.
 
-    def left_over(self) -> list[str]:
-        """Names of what killed pulls and removals have left."""
-        found = []
-        for name in self._names():
-            if name.startswith((PULLING, REMOVING)):
-                with held(self.folder / name) as is_ours:
-                    found += [name] if is_ours else []
-        return found
+        Raises:
+            ImageError: rm's words, or it takes longer than `timeout_s`.
+        """
+        self._forget_strays()
+        deadline, cleaned = time.monotonic() + timeout_s, []
+        for name in self.left_over():
+            with held(self.folder / name) as is_ours:
+                if is_ours:
+                    delete_tree(self.folder / name, max(0.1, deadline - time.monotonic()))
+                    cleaned.append(name)
+        return cleaned
+
+    def remove_broken(self, folder: Path) -> None:
+        """Remove an entry that nobody can use.
+
+        Raises:
+            ImageError: A journal has it.
+        """
+        with ExitStack() as gone, self._locked(fcntl.LOCK_EX):
+            self._take_broken(folder, gone)
 
     # -- helpers -----------------------------------------------------------------------------------
 
-    def entry(self, digest: str) -> Path:
-        return self.folder / digest.replace(":", "-")
-
-    def pulling(self, name: str) -> Path:
-        """The folder of a pull under way, for `image_place.working`; `name`: the digest's hex digits."""
-        self._make_folders()
-        return self.folder / f"{PULLING}{name}"
-
     @contextmanager
-    def locked(self, how: int) -> Iterator[None]:
+    def _locked(self, how: int) -> Iterator[None]:
         """Hold the store's lock, `fcntl.LOCK_SH` or `LOCK_EX`: always for a moment only."""
         self._make_folders()
         handle = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -226,66 +229,18 @@ class ImageStore:
             os.close(handle)
 
     def _make_folders(self) -> None:
-        if not (self.folder / REFS).is_dir():
+        if not self._references.folder.is_dir():
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            (self.folder / REFS).mkdir(mode=0o700, exist_ok=True)
+            self._references.folder.mkdir(mode=0o700, exist_ok=True)
 
     def _names(self) -> list[str]:
         try:
             return sorted(os.listdir(self.folder))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
 
-    def _used_file(self, digest: str) -> Path:
-        return self.folder / f"{self.entry(digest).name}.used"
-
-    def _ref_file(self, ref: ImageRef) -> Path:
-        return self.folder / REFS / f"{hashlib.sha256(str(ref).encode()).hexdigest()}.json"
-
-    def _references(self) -> dict[str, tuple[str, ...]]:
-        found: dict[str, tuple[str, ...]] = {}
-        folder = self.folder / REFS
-        for name in sorted(os.listdir(folder)) if folder.is_dir() else []:
-            noted = self._noted(folder / name)
-            if noted:
-                found[noted["digest"]] = tuple(sorted({*found.get(noted["digest"], ()), noted["reference"]}))
-        return found
-
-    def _noted(self, file: Path) -> dict[str, str]:
-        try:
-            noted = json.loads(file.read_bytes())
-            return {"reference": str(noted["reference"]), "digest": str(noted["digest"])}
-        except (OSError, ValueError, KeyError, TypeError):
-            return {}  # torn, or gone: it is resolved again
-
-    def _read(self, digest: str, references: tuple[str, ...]) -> Image | None:
-        if not is_digest(digest):
-            return None
-        folder = self.entry(digest)
-        try:
-            found = json.loads((folder / FILE).read_bytes())
-            if found["kind"] != VERSION or found["digest"] != digest or not isinstance(found["config"], dict):
-                return None
-            pulled_at = float(found["pulled_at"])
-            return Image(
-                digest,
-                folder,
-                found["config"],
-                int(found["size_bytes"]),
-                int(found["files"]),
-                int(found["dropped"]),
-                references,
-                pulled_at,
-                self._used_at(digest, pulled_at),
-            )
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-
-    def _used_at(self, digest: str, otherwise: float) -> float:
-        try:
-            return self._used_file(digest).stat().st_mtime
-        except FileNotFoundError:
-            return otherwise
+    def _used_file(self, folder: Path) -> Path:
+        return folder.with_name(f"{folder.name}{USED}")
 
     def _named(self, words: str) -> Image:
         images = self.all()
@@ -304,7 +259,7 @@ class ImageStore:
     def _too_many(self, size_bytes: int) -> list[Image]:
         """Under the exclusive lock: what has to go for `size_bytes` more."""
         limit = self.settings.images_bytes
-        images = self.all()
+        images = self.all() if limit else []
         too_much = sum(one.size_bytes for one in images) + size_bytes - limit
         if not limit or too_much <= 0:
             return []
@@ -314,55 +269,38 @@ class ImageStore:
                 gone.append(image)
                 too_much -= image.size_bytes
         if too_much > 0:
-            raise ImageError(
-                "the images of this host",
-                f"would be {in_words(too_much)} beyond their limit of {in_words(limit)}: the rest is in use",
-                "set SANDBATCH_IMAGES_BYTES higher, or end sandboxes",
-            )
+            why = f"would be {in_words(too_much)} beyond their limit of {in_words(limit)}"
+            why += ": the rest is in use" if users else ""
+            raise ImageError("the images of this host", why, "set SANDBATCH_IMAGES_BYTES higher")
         return gone
 
     def _take_away(self, image: Image, gone: ExitStack) -> None:
         """Under the exclusive lock: from now on nobody finds it; it is deleted when `gone` is closed."""
         self._take(image.folder, gone)
-        self._used_file(image.digest).unlink(missing_ok=True)
-        for reference in image.references:
-            self._ref_file(parse_image(reference)).unlink(missing_ok=True)
+        self._references.forget(image.references)
 
-    def _take_broken(self, digest: str, gone: ExitStack) -> None:
-        """An entry without a description that can be read is none, and stands in the way."""
-        folder = self.entry(digest)
-        if os.path.lexists(folder) and self._read(digest, ()) is None:
-            if digest in self.users():
-                todo = "end the sandboxes that use it, then pull it again"
-                raise ImageError(f"image {digest}", f"{folder} is broken, and in use", todo)
-            self._take(folder, gone)
+    def _take_broken(self, folder: Path, gone: ExitStack) -> None:
+        if read_entry(folder, ()) is not None:
+            return  # somebody has put a good one there
+        digest = folder.name.replace("-", ":")
+        if digest in self.users():
+            todo = "end the sandboxes that use it, then pull it again"
+            raise ImageError(f"image {digest}", f"{folder} is broken, and in use", todo)
+        self._take(folder, gone)
 
     def _take(self, folder: Path, gone: ExitStack) -> None:
         place = self.folder / f"{REMOVING}{folder.name.removeprefix('sha256-')}.{uuid4().hex[:8]}"
         gone.enter_context(held(folder))  # else it would look left over while we delete it
         gone.callback(delete_tree, place)
         folder.rename(place)
-
-    def _clear(self, name: str) -> bool:
-        with held(self.folder / name) as is_ours:
-            if is_ours:
-                delete_tree(self.folder / name)
-            return is_ours
+        self._used_file(folder).unlink(missing_ok=True)
 
     def _forget_strays(self) -> None:
         """Small files that lead to nothing: they cost nothing but their names."""
-        here, before = set(self._names()), time.time() - STRAY_S
-        for file in (self.folder / REFS).iterdir() if REFS in here else ():
-            entry = self.entry(self._noted(file).get("digest", "")).name
-            if entry not in here and _mtime(file) < before:
-                file.unlink(missing_ok=True)
-        for name in here:
-            if name.endswith(".used") and name.removesuffix(".used") not in here:
-                (self.folder / name).unlink(missing_ok=True)
-
-
-def _mtime(file: Path) -> float:
-    try:
-        return file.lstat().st_mtime
-    except FileNotFoundError:
-        return time.time()
+        with self._locked(fcntl.LOCK_EX):
+            names = self._names()
+            entries = {name for name in names if ENTRY.match(name)}
+            for name in names:
+                if name.endswith(USED) and name.removesuffix(USED) not in entries:
+                    (self.folder / name).unlink(missing_ok=True)
+            self._references.forget_strays({name.replace("-", ":") for name in entries})

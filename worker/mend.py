@@ -16,7 +16,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from worker import bundle as oci
-from worker import cni_cache, conmon, egress, journal, leftovers, limits, logs, netns, nft, ports, procs
+from worker import (
+    cni_cache,
+    conmon,
+    egress,
+    image_audit,
+    journal,
+    leftovers,
+    limits,
+    logs,
+    netns,
+    nft,
+    ports,
+    procs,
+)
 from worker.audit import ID_PART, Finding, audit, chain_names, half_written, ifb_name, lease_folder
 from worker.cni import Attachment, CniRuntime
 from worker.cni_cache import CacheEntry
@@ -69,6 +82,7 @@ def mend(settings: Settings) -> list[Outcome]:
             nft.drop_empty_tables()
     veths = {one.name for one in before if one.kind == "veth" and one.problem == "extra"}
     reasons |= work.remove_links(veths) if veths else {}
+    reasons |= image_audit.put_right(settings)
     return _outcomes(before, audit(settings), reasons)
 
 

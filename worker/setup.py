@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from worker import process
-from worker.doctor import OPTIONAL, PLUGINS, PROGRAMS
+from worker.doctor import OPTIONAL, PLUGINS, POLICY_PACKAGE, PROGRAMS, policy_file
 from worker.errors import HostNotReady, SandbatchError
 from worker.probe_runsc import probe
 from worker.runsc import find_binary
@@ -66,6 +66,8 @@ def missing_packages(settings: Settings) -> list[str]:
     ]
     if any(not any((folder / name).is_file() for folder in settings.cni_paths) for name in PLUGINS):
         packages.append("containernetworking-plugins")
+    if policy_file() is None:
+        packages.append(POLICY_PACKAGE)
     return list(dict.fromkeys(packages))
 
 
