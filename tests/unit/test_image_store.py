@@ -395,7 +395,7 @@ def test_the_audit_names_what_is_wrong_and_mends_what_is_ours(
 def test_the_audit_names_a_sandbox_whose_image_is_gone(put: Put, settings: Settings) -> None:
     image = put(A)
     known = begin(settings, A)
-    known.mark_done("image", {"reference": str(REF), "digest": A, "rootfs": str(image.rootfs)})
+    known.mark_done("image", {"reference": str(REF), "digest": A, "rootfs": str(image.rootfs), "spec": {}})
     assert problems(settings) == []
     image.folder.rename(image.folder.with_name("elsewhere"))
     assert (A[:14], "missing") in problems(settings)
