@@ -18,7 +18,7 @@ from cli.output import errors_for_humans, one_line, say
 from tasks.caller import Conversation, new_call_id
 from tasks.state import TERMINAL, State
 from tasks.wire import Entry
-from worker.calls import STREAMS, ExecCall, LogsCall, make_call
+from worker.calls import STREAMS, Call, ExecCall, make_call
 from worker.errors import BadInput, Lost, SandbatchError
 from worker.settings import Settings, load_settings
 
@@ -157,7 +157,7 @@ def running(client: Client, container_id: str) -> dict[str, Any]:
     return row
 
 
-def run_exec(settings: Settings, host: str, call: LogsCall | ExecCall) -> dict[str, Any]:
+def run_exec(settings: Settings, host: str, call: Call) -> dict[str, Any]:
     """Run a command with our own three streams; how it ended."""
     end: dict[str, Any] = {}
     for reply in converse(settings, host, call, feed_from=0):
@@ -175,9 +175,7 @@ def tell_end(container_id: str, answer: dict[str, Any]) -> int:
     return int(answer.get("exit_code", 1))
 
 
-def converse(
-    settings: Settings, host: str, call: LogsCall | ExecCall, *, feed_from: int | None = None
-) -> Iterator[Entry]:
+def converse(settings: Settings, host: str, call: Call, *, feed_from: int | None = None) -> Iterator[Entry]:
     """The replies to a call; a file descriptor is read aside and handed over, if the call wants input."""
     with Conversation(settings, host, call) as talk:
         if isinstance(call, ExecCall) and call.stdin and feed_from is not None:

@@ -18,7 +18,7 @@ from cli.client import Client
 from cli.output import errors_for_humans, one_line, say
 from cli.unpack import Source, unpack
 from tasks.caller import Conversation, new_call_id
-from worker.calls import ExecCall, LogsCall, make_call
+from worker.calls import Call, make_call
 from worker.errors import BadInput, Lost, SandbatchError
 from worker.exec import NOT_FOUND
 from worker.settings import load_settings
@@ -214,7 +214,7 @@ def _is_folder(client: Client, row: dict[str, Any], path: str) -> bool:
     return end.get("exit_code") == 0
 
 
-def _call(row: dict[str, Any], args: list[str], **fields: Any) -> LogsCall | ExecCall:
+def _call(row: dict[str, Any], args: list[str], **fields: Any) -> Call:
     return make_call(
         "exec", call_id=new_call_id(), container_id=row["id"], args=args, cwd="/", user="0:0", **fields
     )

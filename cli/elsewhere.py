@@ -19,6 +19,9 @@ MODULES = {
     "hosts": "cli.hosts",
     "drain": "cli.hosts",
     "resume": "cli.hosts",
+    "images": "cli.images",
+    "image": "cli.images",
+    "pull": "cli.pull",
 }
 
 

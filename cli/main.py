@@ -197,7 +197,7 @@ def show(container_id: Annotated[str, typer.Argument(metavar="ID")], as_json: Js
         row = client.resolve([container_id])[0]
         explain(client.record, [row])
         if as_json:
-            print_json(shown(row))
+            print_json({**shown(row), "pull": client.record.pull_for(row)})
         else:
             output.out.print(render.details(row))
             if row["stages"]:

@@ -28,7 +28,7 @@ from tasks.wire import (
     life_key,
     read_entry,
 )
-from worker.calls import ExecCall, LogsCall
+from worker.calls import Call
 from worker.errors import BadInput, HostAway, Lost, Refused, SandbatchError
 from worker.settings import Settings
 
@@ -44,7 +44,7 @@ class Conversation:
     """One call, from its `with` to its end. A thread gives signs of life: whoever reads what comes may
     be slow, such as a pager; its host then waits, and nothing piles up."""
 
-    def __init__(self, settings: Settings, host: str, call: LogsCall | ExecCall) -> None:
+    def __init__(self, settings: Settings, host: str, call: Call) -> None:
         self._host, self._call = host, call
         self._in_key, self._out_key = call_key(call.call_id, "in"), call_key(call.call_id, "out")
         # A connection for each thread: one that waits in XREAD sends nothing.

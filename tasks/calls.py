@@ -33,7 +33,7 @@ from tasks.wire import (
     read_call_fields,
     read_entry,
 )
-from worker.calls import ExecCall, LogsCall
+from worker.calls import Call
 from worker.errors import BadInput, HostAway, Lost, SandbatchError
 from worker.settings import Settings
 
@@ -51,7 +51,7 @@ RETRIED = (redis.ConnectionError, redis.TimeoutError, redis.BusyLoadingError, OS
 class Conversation:
     """One call while it lives; a `worker.calls.Talk`."""
 
-    def __init__(self, client: "redis.asyncio.Redis", call: LogsCall | ExecCall) -> None:
+    def __init__(self, client: "redis.asyncio.Redis", call: Call) -> None:
         self.call, self.mark = call, b"0"
         self.in_key, self.out_key = call_key(call.call_id, "in"), call_key(call.call_id, "out")
         self.heard_at = self.sent_at = time.monotonic()
@@ -281,11 +281,11 @@ class CallService:
         except asyncio.CancelledError:
             error = one.reason
         except Lost as lost:
-            log.warning("call %s of %s is lost: %s", one.call.verb, one.call.container_id, lost)
+            log.warning("call %s of %s is lost: %s", one.call.verb, one.call.about, lost)
         except SandbatchError as refused:
             error = refused
         except Exception as defect:  # one call must not end the others, and its client must know
-            log.exception("call %s of %s failed", one.call.verb, one.call.container_id)
+            log.exception("call %s of %s failed", one.call.verb, one.call.about)
             words = f"{type(defect).__name__}: {defect}"
             error = SandbatchError(f"host {self._settings.host}", words, "see the worker's log")
         finally:

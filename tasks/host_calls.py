@@ -1,14 +1,16 @@
-"""What a host does for its calls: logs and exec, in sandboxes of its own."""
+"""What a host does for its calls: logs and exec, in sandboxes of its own, and its images."""
 
 import asyncio
 import logging
 from typing import Any
 
 from tasks.calls import CallService, Conversation
-from worker.calls import ExecCall, LogsCall
+from worker.calls import Call, ExecCall, LogsCall
 from worker.errors import SandbatchError
 from worker.exec import end_left_over, run_exec
 from worker.follow import send_log
+from worker.image_calls import answer
+from worker.image_store import ImageStore
 from worker.runsc import Runsc
 from worker.settings import Settings
 from worker.watch import Folders
@@ -33,11 +35,14 @@ class HostHandlers:
         ready.set()
         await self._folders.run()
 
-    async def handle(self, call: LogsCall | ExecCall, talk: Conversation) -> dict[str, Any]:
+    async def handle(self, call: Call, talk: Conversation) -> dict[str, Any]:
         if isinstance(call, LogsCall):
             await send_log(self._settings, call, talk, self._folders)
             return {}
-        return await self._exec(call, talk)
+        if isinstance(call, ExecCall):
+            return await self._exec(call, talk)
+        # What it has begun goes on should its client go away: a removal is not done by halves.
+        return await asyncio.to_thread(answer, ImageStore(self._settings), call)
 
     async def _exec(self, call: ExecCall, talk: Conversation) -> dict[str, Any]:
         slots = self._settings.exec_slots

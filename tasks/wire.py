@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tasks.keys import PREFIX
-from worker.calls import ExecCall, LogsCall, read_call
+from worker.calls import Call, read_call
 from worker.errors import Lost
 
 WINDOW_BYTES = 1 << 20  # sent and not yet acknowledged: more never lies in the broker
@@ -97,12 +97,12 @@ def read_entry(fields: Fields) -> Entry:
         raise Lost("call", "the other side sent what is no entry", "is it of another release?") from None
 
 
-def call_fields(call: LogsCall | ExecCall) -> dict[Any, Any]:
+def call_fields(call: Call) -> dict[Any, Any]:
     """A call as it is added to its host's stream."""
     return {"call": call.model_dump_json()}
 
 
-def read_call_fields(fields: Fields) -> LogsCall | ExecCall:
+def read_call_fields(fields: Fields) -> Call:
     """Check what stands in a host's stream; whoever has the broker's password can write there.
 
     Raises:

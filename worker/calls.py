@@ -25,10 +25,22 @@ class _Call(BaseModel):
 
     kind: Literal["call/v1"] = "call/v1"  # hosts are upgraded one by one
     call_id: str = Field(pattern=r"^[0-9a-f]{32}$")
+
+    @property
+    def about(self) -> str:
+        """What it is about, for a log."""
+        return "the host"
+
+
+class _SandboxCall(_Call):
     container_id: ContainerId
 
+    @property
+    def about(self) -> str:
+        return self.container_id
 
-class LogsCall(_Call):
+
+class LogsCall(_SandboxCall):
     """A sandbox's log, from a place in it on; with `follow`, until the sandbox has ended."""
 
     verb: Literal["logs"] = "logs"
@@ -41,7 +53,7 @@ class LogsCall(_Call):
     cursor: str = Field(default="", max_length=CURSOR_MOST)  # go on where an earlier call stopped
 
 
-class ExecCall(_Call):
+class ExecCall(_SandboxCall):
     """One more command in a running sandbox. What is not given is as for the sandbox's own command."""
 
     verb: Literal["exec"] = "exec"
@@ -56,11 +68,32 @@ class ExecCall(_Call):
     output_limit: int | None = Field(default=None, ge=1)  # bytes, both streams together
 
 
-Call = Annotated[LogsCall | ExecCall, Field(discriminator="verb")]
-_ADAPTER: TypeAdapter[LogsCall | ExecCall] = TypeAdapter(Call)
+class ImagesCall(_Call):
+    """The images of a host. Hosts that know images say so: "spec/v3" is among their `kinds`."""
+
+    verb: Literal["images"] = "images"
 
 
-def read_call(raw: str | bytes) -> LogsCall | ExecCall:
+class ImageRemoveCall(_Call):
+    """One image less on a host, with all its references."""
+
+    verb: Literal["image-rm"] = "image-rm"
+    digest: str = Field(pattern=r"^sha256:[0-9a-f]{64}$")
+
+
+class ImagePruneCall(_Call):
+    """All images of a host less that no sandbox uses, nor has used for so long."""
+
+    verb: Literal["image-prune"] = "image-prune"
+    older_than_s: float = Field(default=0.0, ge=0, le=10**10)
+
+
+ImageCall = ImagesCall | ImageRemoveCall | ImagePruneCall
+Call = LogsCall | ExecCall | ImageCall
+_ADAPTER: TypeAdapter[Call] = TypeAdapter(Annotated[Call, Field(discriminator="verb")])
+
+
+def read_call(raw: str | bytes) -> Call:
     """Check a call as it came over the wire.
 
     Raises:
@@ -72,7 +105,7 @@ def read_call(raw: str | bytes) -> LogsCall | ExecCall:
         raise _bad(error, "call") from None
 
 
-def make_call(verb: str, **fields: Any) -> LogsCall | ExecCall:
+def make_call(verb: str, **fields: Any) -> Call:
     """Make a call of what a user asked for.
 
     Raises:

@@ -184,6 +184,14 @@ def in_words(size: int) -> str:
     return f"{size / MIB:.1f}m" if size >= MIB else f"{size}"
 
 
+def rough(size: int) -> str:
+    """A size as people compare it, with one decimal."""
+    for unit, factor in (("g", 2**30), ("m", MIB), ("k", 2**10)):
+        if size >= factor:
+            return f"{size / factor:.1f}{unit}"
+    return str(size)
+
+
 # -- the cgroup of a sandbox -----------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from tasks.caller import Conversation, new_call_id
 from tasks.calls import CallService
 from tasks.wire import WINDOW_BYTES, Entry, Numbers, call_key, calls_key
 from tests.broker.conftest import HOST
-from worker.calls import ExecCall, LogsCall, make_call
+from worker.calls import Call, make_call
 from worker.errors import HostAway, Lost, Refused, SandbatchError
 from worker.settings import Settings
 
@@ -77,7 +77,7 @@ def serve(broker: Settings, client: "redis.Redis", handlers: Handlers) -> Iterat
         service.stop()
 
 
-def call(word: str, **fields: Any) -> LogsCall | ExecCall:
+def call(word: str, **fields: Any) -> Call:
     return make_call("exec", call_id=new_call_id(), container_id=ID, args=[word], **fields)
 
 
