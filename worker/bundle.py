@@ -2,17 +2,19 @@
 
 import json
 import os
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 from uuid import uuid4
 
 from worker import limits
 from worker.errors import BadInput, SandbatchError
 from worker.mounts import lay_out
-from worker.rootfs import DEFAULT_PATH, host_mounts, host_path, resolve_rootfs
+from worker.rootfs import DEFAULT_PATH, host_mounts, host_path, is_host, root_of
 from worker.settings import Settings
 from worker.spec import Spec
+from worker.spec_parts import KERNELS_OWN
+from worker.tree import Tree
 
 OCI_VERSION = "1.0.2"
 NOFILE = 65536
@@ -28,10 +30,13 @@ MOUNTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("/dev", "tmpfs", ("nosuid", "mode=755")),
     ("/dev/pts", "devpts", ()),
     ("/dev/shm", "tmpfs", ("nosuid", "mode=1777")),  # noqa: S108 - the sandbox's own
-    ("/tmp", "tmpfs", ("nosuid", "nodev", "mode=1777")),  # noqa: S108 - the sandbox's own
-    ("/run", "tmpfs", ("nosuid", "nodev", "mode=755")),
     ("/sys", "sysfs", ("ro", "nosuid", "noexec", "nodev")),
 )
+SCRATCH: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("/tmp", "tmpfs", ("nosuid", "nodev", "mode=1777")),  # noqa: S108 - the sandbox's own
+    ("/run", "tmpfs", ("nosuid", "nodev", "mode=755")),
+)
+VAR_TMP = ("/var/tmp", "tmpfs", ("nosuid", "nodev", "mode=1777"))  # noqa: S108 - the sandbox's own
 
 
 def make_config(
@@ -42,18 +47,18 @@ def make_config(
     Raises:
         BadInput: The rootfs or a mount is not there or not allowed, or the working directory is not there.
     """
-    is_host = spec.rootfs == "host"
     try:
         layout = lay_out(spec, own_mounts(spec, settings), settings)
     except PermissionError as error:
         raise BadInput(f"bind {error.filename}", "this user may not look at it", "run as root") from None
-    rootfs = resolve_rootfs(spec.rootfs, settings, layout.points, build=build)
-    path = host_path(settings) if is_host else DEFAULT_PATH
+    rootfs = root_of(spec, settings, layout.points, build=build)
+    path = host_path(settings) if is_host(spec) else DEFAULT_PATH
     cgroup = limits.cgroup_of(
         spec, container_id, parent=settings.cgroup_parent, default_pids=settings.default_pids
     )
-    env = {"PATH": path, "HOME": "/root" if is_host else "/", "HOSTNAME": container_id, **spec.env}
-    user = user_of("")
+    user = user_of(spec.user, spec.groups)
+    home = "/root" if is_host(spec) and not user["uid"] else "/"
+    env = {"PATH": path, "HOME": home, "HOSTNAME": container_id, **spec.env}
     return {
         "ociVersion": OCI_VERSION,
         "hostname": container_id,
@@ -97,11 +102,33 @@ def capabilities_of(uid: int) -> dict[str, list[str]]:
 
 def own_mounts(spec: Spec, settings: Settings) -> list[dict[str, Any]]:
     """What every sandbox has mounted, where its spec has nothing else there."""
-    own = [
+    if spec.image is None:
+        own = [*MOUNTS, *SCRATCH]
+    else:  # what an image has in /tmp and /run is there, as with docker
+        own = [*MOUNTS, *(_scratch(spec, settings) if spec.writable == "no" else ())]
+    made = [
         {"destination": path, "type": kind, "source": kind, "options": list(options)}
-        for path, kind, options in MOUNTS
+        for path, kind, options in own
     ]
-    return [*own, *(host_mounts(settings) if spec.rootfs == "host" else ())]
+    return [*made, *(host_mounts(settings) if is_host(spec) else ())]
+
+
+def _scratch(spec: Spec, settings: Settings) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """What can be written to though the root is read-only, as with podman; the image's links are followed.
+
+    None where it would hide more than itself, or where something else is.
+    """
+    tree = Tree(folder=root_of(spec, settings))
+    taken = {PurePosixPath("/"), *(PurePosixPath(path) for path, _, _ in MOUNTS)}
+    for path, kind, options in (*SCRATCH, VAR_TMP):
+        real = tree.real(path)
+        if real is None or real in taken or real.parts[1] in KERNELS_OWN:
+            continue
+        if tree.look(real) not in ("dir", ""):
+            continue
+        if tree.look(next(one for one in real.parents if tree.look(one))) == "dir":
+            taken.add(real)
+            yield str(real), kind, options
 
 
 def write_bundle(bundle_dir: Path, config: dict[str, Any]) -> None:

@@ -26,7 +26,10 @@ KILLED_S = 5.0  # a killed sandbox and its conmon are gone within this time
 
 @dataclass(frozen=True)
 class Due:
-    """What the clock has for a sandbox: `act` is "term", "kill", "restart", "ttl" or "deadline"."""
+    """What the clock has for a sandbox: `act` is "term", "kill", "restart", "ttl" or "deadline".
+
+    "term" is its stop signal, whichever that is.
+    """
 
     at_s: float  # since the epoch
     act: str
@@ -76,12 +79,13 @@ def end_unstarted(known: Journal, reason: str) -> None:
     known.set_facts(reason=reason)
 
 
-def send_term(host: Host, container_id: str) -> None:
-    """Ask the program to end."""
+def send_term(host: Host, known: Journal) -> None:
+    """Ask the program to end, by the signal that it wants for it."""
+    signal = known.spec.stop_signal or "TERM"
     try:
-        host.runsc.kill(container_id, "TERM")
+        host.runsc.kill(known.container_id, signal)
     except RunscError as error:  # it has just ended; if not, KILL follows
-        log.info("TERM to %s: %s", container_id, error)
+        log.info("%s to %s: %s", signal, known.container_id, error)
 
 
 def send_kill(host: Host, container_id: str) -> None:

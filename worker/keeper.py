@@ -211,7 +211,7 @@ class Keeper:
             self._say(self._tell.restart, container_id, known.attempt)
         elif act == "term":
             self._asked.add(container_id)
-            self._do(container_id, ends.send_term, self._host, container_id)
+            self._do(container_id, ends.send_term, self._host, known)
         elif act == "kill":
             self._kills[container_id] = self._kills.get(container_id, 0) + 1
             self._do(container_id, ends.send_kill, self._host, container_id)

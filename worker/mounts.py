@@ -2,7 +2,8 @@
 
 runsc makes a bind's missing mount point in the root file system, on the host, where all sandboxes
 would share it (measured with the 2024 and 2026 ones). So every mount point must be there before:
-in the generated root by a generation that has it, in a folder of the user's by the user.
+in the generated root by a generation that has it, in a folder of the user's by the user, in an image
+by who built it.
 """
 
 import shlex
@@ -14,7 +15,7 @@ from typing import Any
 
 from worker.errors import BadInput
 from worker.mounted import mount_lines
-from worker.rootfs import check_cwd, host_tree, resolve_rootfs
+from worker.rootfs import check_cwd, host_tree, is_host, root_of
 from worker.settings import Settings
 from worker.spec import Spec
 from worker.spec_parts import Mount, plain_path
@@ -49,16 +50,16 @@ def lay_out(spec: Spec, own: Iterable[dict[str, Any]], settings: Settings) -> La
     made += [_oci(one, settings) for one in spec.mounts]
     made.sort(key=lambda one: len(PurePosixPath(one["destination"]).parts))
     cwd, tmpfs = plain_path(spec.cwd), {one.target for one in spec.mounts if one.type == "tmpfs"}
-    tree = host_tree() if spec.rootfs == "host" else Tree(folder=resolve_rootfs(spec.rootfs, settings))
+    tree = host_tree() if is_host(spec) else Tree(folder=root_of(spec, settings))
     points: dict[str, str] = {}
     for mount in made:
         target, source = str(mount["destination"]), Path(str(mount["source"]))
         if target in asked:
             _check_way(tree, target)
             if mount["type"] == "bind":
-                points |= _mount_point(tree, target, "dir" if source.is_dir() else "file", spec.rootfs)
+                points |= _mount_point(tree, target, "dir" if source.is_dir() else "file", spec)
             elif target == cwd:  # runsc makes that folder in the rootfs, too
-                points |= _mount_point(tree, target, "dir", spec.rootfs)
+                points |= _mount_point(tree, target, "dir", spec)
         if mount["type"] == "bind":
             tree = tree.with_bind(target, source)
     if cwd not in tmpfs:
@@ -133,7 +134,7 @@ def _check_way(tree: Tree, target: str) -> None:
             raise BadInput(f"mount at {target}", f"{part} is a file", "name another target")
 
 
-def _mount_point(tree: Tree, target: str, kind: str, rootfs: str) -> dict[str, str]:
+def _mount_point(tree: Tree, target: str, kind: str, spec: Spec) -> dict[str, str]:
     """What the generated root lacks for this mount; nothing if the mount point is there."""
     path = PurePosixPath(target)
     there = tree.look(path)
@@ -142,8 +143,13 @@ def _mount_point(tree: Tree, target: str, kind: str, rootfs: str) -> dict[str, s
     if there:
         why = "is a folder and the source a file" if there == "dir" else "is a file and the source a folder"
         raise BadInput(f"mount at {target}", f"it {why}", "name another target")
-    if rootfs == "host" and not tree.is_in_bind(path):
+    if is_host(spec) and not tree.is_in_bind(path):
         return {target.lstrip("/"): kind}
+    if spec.image is not None and not tree.is_in_bind(path):  # all sandboxes share it: nobody adds to it
+        what = "folder" if kind == "dir" else "file"
+        raise BadInput(
+            f"mount at {target}", f"the image has no such {what}", f"name a {what} of it, or build one in"
+        )
     here = tree.host_side(path) or path
     make = f"mkdir -p {shlex.quote(str(here))}"
     if kind == "file":

@@ -13,7 +13,7 @@ from typing import Any
 
 from worker.attachments import Attached
 from worker.errors import BadInput
-from worker.rootfs import resolve_rootfs
+from worker.rootfs import is_host, root_of
 from worker.settings import Settings
 from worker.spec import Spec
 from worker.tree import Tree
@@ -125,11 +125,14 @@ def _lacking(spec: Spec, target: str, settings: Settings) -> BadInput | None:
             return BadInput(
                 target, f"the spec has a mount of its own at {mount.target}", "name one of the two"
             )
-    if spec.rootfs == "host":
+    if is_host(spec):
         return None
-    tree = Tree(folder=resolve_rootfs(spec.rootfs, settings))
+    tree = Tree(folder=root_of(spec, settings))
     here = tree.host_side(path)
     if tree.look(path.parent) == "dir" and tree.look(path) == "file" and here is not None and here.is_file():
         return None
+    if spec.image is not None:  # the store has made it where it could
+        why = f"the image has no plain file {target} to bind it over"
+        return BadInput(target, why, "build one into the image")
     why = f"the rootfs has no plain file {target} to bind it over"
     return BadInput(target, why, f"make it there: mkdir -p {here and here.parent} && touch {here}")

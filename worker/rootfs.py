@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -20,8 +21,10 @@ from uuid import uuid4
 
 from worker.errors import BadInput, SandbatchError
 from worker.settings import Settings
+from worker.spec import Spec
 from worker.tree import Tree
 
+STORED = re.compile(r"^sha256-[0-9a-f]{64}$")  # an image's folder in the store
 NO_POINTS: Mapping[str, str] = {}
 CROWD = 32  # generations; each set of mount points of users' binds has one, of about a megabyte
 FORMAT = 1  # part of the hash: a change of what is generated makes a new generation
@@ -45,6 +48,28 @@ ETC_DIRS = ("ld.so.conf.d", "ssl/certs", "alternatives")
 PRIVATE = b"PRIVATE KEY"
 
 
+def is_host(spec: Spec) -> bool:
+    """Its root is the generated one."""
+    return spec.image is None and spec.rootfs == "host"
+
+
+def root_of(
+    spec: Spec, settings: Settings, points: Mapping[str, str] = NO_POINTS, *, build: bool = True
+) -> Path:
+    """The folder that is a sandbox's root: as asked, or its image's, once its stage `image` has named that.
+
+    Raises:
+        BadInput: There is none, or none that is allowed.
+    """
+    if spec.image is None:
+        return resolve_rootfs(spec.rootfs, settings, points, build=build)
+    found = Path(spec.rootfs)
+    is_stored = found.parts[-1] == "rootfs" and STORED.fullmatch(found.parent.name)
+    if not is_stored or found.parents[1] != settings.images_dir or not found.is_dir():
+        raise BadInput(f"image {spec.image}", "it is not on this host", "see sandbatch images")
+    return found
+
+
 def resolve_rootfs(
     spec_rootfs: str, settings: Settings, points: Mapping[str, str] = NO_POINTS, *, build: bool = True
 ) -> Path:
@@ -61,6 +86,8 @@ def resolve_rootfs(
         raise BadInput(f"rootfs {spec_rootfs}", "there is no such folder", "name one on this host") from None
     if not found.is_dir():
         raise BadInput(f"rootfs {spec_rootfs}", "it is no folder", "name a folder")
+    if found.is_relative_to(settings.images_dir.resolve()):
+        raise BadInput(f"rootfs {spec_rootfs}", "it belongs to the host's images", "name one with --image")
     allowed = [folder.resolve() for folder in settings.rootfs_allow]
     if not any(found.is_relative_to(folder) for folder in allowed):
         known = ", ".join(map(str, allowed)) or "none"

@@ -410,15 +410,16 @@ def sandbox_of(settings: Settings, known: Journal) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(argv, stdin=subprocess.PIPE)
 
 
+@pytest.mark.parametrize(("asked", "sent"), [(None, "TERM"), ("SIGINT", "SIGINT")])
 def test_a_sandbox_is_asked_to_end_at_its_ttl_and_killed_after_the_grace(
-    running, started, settings, tmp_path
+    running, started, settings, tmp_path, asked, sent
 ):
     """All of it on this host: nothing is told, so no broker is needed."""
-    known = started(ttl_s=0.3, stop_grace_s=0.3)
+    known = started(ttl_s=0.3, stop_grace_s=0.3, stop_signal=asked)
     with sandbox_of(settings, known) as process:
         running.watch(known.container_id)
         assert process.wait(LONG_S) == -signal.SIGKILL
-    assert kills(tmp_path, 1) == [f"kill {known.container_id} TERM"]
+    assert kills(tmp_path, 1) == [f"kill {known.container_id} {sent}"]
     stop = journals.read(known.folder).facts["stop"]
     assert (stop["reason"], stop["grace_s"]) == ("ttl", 0.3)
 
