@@ -55,7 +55,7 @@ def explain(record: Record, rows: Sequence[Row]) -> None:
 def so_far(pull: Row) -> str:
     """`pulling busybox:1, 1.2m of 2.0m`: of a row of `Pulls.pulls_on`, or of an order."""
     phase, done, total = pull["phase"], pull["done_bytes"], pull["total_bytes"]
-    words = f"{phase} {pull['reference']}"
+    words = f"{'waiting for' if phase == 'waiting' else phase} {pull['reference']}"
     if phase == "pulling" and done is not None:
         words += f", {rough(done)}" + (f" of {rough(total)}" if total else "")
     if pull["words"]:

@@ -18,8 +18,10 @@ from tasks.state import State
 from tests.broker.test_cli import LINE
 from worker import journal
 from worker.image_calls import answer
+from worker.image_entry import ROOTFS, write_entry
+from worker.image_guard import Size
 from worker.image_ref import parse_image
-from worker.image_store import FILE, ROOTFS, ImageStore
+from worker.image_store import ImageStore
 from worker.settings import Settings
 from worker.spec import KINDS, make_spec
 
@@ -63,8 +65,7 @@ def put(store: ImageStore, digest: str, *references: str, size: int = 2**20, age
     """An image in a host's store, without a pull."""
     place = store.pulling(digest[-64:])
     (place / ROOTFS).mkdir(parents=True)
-    said = {"kind": "image/v1", "digest": digest, "config": {}, "size_bytes": size, "files": 3, "dropped": 0}
-    (place / FILE).write_text(json.dumps({**said, "pulled_at": time.time() - age_s}))
+    write_entry(place, digest, {}, Size(size, 3), 0)
     store.put(place, digest, size)
     used = store.folder / f"{digest.replace(':', '-')}.used"
     os.utime(used, (time.time() - age_s,) * 2)
