@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from cli import lines
+from cli.output import one_line
 from worker.limits import in_words
 
 if TYPE_CHECKING:
@@ -130,6 +131,7 @@ def timeline(stages: list[dict[str, Any]]) -> "Table":
 
 def details(row: dict[str, Any]) -> "Table":
     from rich.table import Table
+    from rich.text import Text
 
     made = Table.grid(padding=(0, 2))
     shown = {
@@ -144,7 +146,9 @@ def details(row: dict[str, Any]) -> "Table":
         "ip": ", ".join(row["ips"]) if len(row["links"]) < 2 else _links(row["links"]),
         "published": ports(row["publish"]),
         "notes": "; ".join(row["notes"]),
-        "rootfs": row["image"],
+        "image" if row["spec"].get("image") else "rootfs": row["image"],
+        "image digest": row["image_digest"],
+        "image labels": one_line(", ".join(f"{name}={value}" for name, value in row["image_labels"].items())),
         "command": " ".join(row["args"]),
         "labels": ", ".join(f"{name}={value}" for name, value in row["labels"].items()),
         "limits": limits(row["limits"]),
@@ -162,7 +166,7 @@ def details(row: dict[str, Any]) -> "Table":
     }
     for name, value in shown.items():
         if value not in (None, ""):
-            made.add_row(name, str(value))
+            made.add_row(name, Text(str(value)))  # else rich would read marks of its own in it
     return made
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from tasks.state import State
 from worker.journal import Journal
 
+LABELS_CHARS = 8192  # an image may have any number of them, and a report has them each time
 LIMITS = ("memory_bytes", "cpus", "pids")
 
 
@@ -25,6 +26,9 @@ def view(journal: Journal) -> tuple[State, dict[str, str]]:
         fields["links"] = json.dumps(links)
     if notes := journal.data.get("bundle", {}).get("notes"):
         fields["notes"] = json.dumps(notes)
+    if image := journal.data.get("image"):
+        fields["image_digest"] = image["digest"]
+        fields["image_labels"] = json.dumps(_within(image["labels"], LABELS_CHARS))
     is_over = journal.is_unwinding or bool(facts.get("restart_at"))
     for name in ("exit_code", "running_at", "ended_at", "reason", "restarts", "log_until"):
         if facts.get(name) is not None and (name != "ended_at" or is_over):
@@ -64,7 +68,9 @@ def shape(raw: dict[str, str]) -> dict[str, Any]:
         "egress": spec.get("egress"),  # null: no policy; an empty list: nothing is allowed
         "isolate": spec.get("isolate", False),
         "notes": _list(raw, "notes"),
-        "image": spec.get("rootfs"),
+        "image": spec.get("image") or spec.get("rootfs"),
+        "image_digest": raw.get("image_digest"),  # null until its image is on the host, or it has none
+        "image_labels": json.loads(raw["image_labels"]) if raw.get("image_labels") else {},
         "args": spec.get("args", []),
         "created_at": raw.get("created_at"),
         "running_at": raw.get("running_at"),
@@ -83,6 +89,17 @@ def shape(raw: dict[str, str]) -> dict[str, Any]:
         "stages": stages,
         "spec": spec,
     }
+
+
+def _within(labels: dict[str, str], most: int) -> dict[str, str]:
+    """The first of them, as far as they have no more characters than that together."""
+    kept, used = {}, 0
+    for name, value in labels.items():
+        used += len(name) + len(value)
+        if used > most:
+            break
+        kept[name] = value
+    return kept
 
 
 def _list(raw: dict[str, str], name: str) -> list[Any]:
