@@ -6,7 +6,7 @@ SOURCES := worker tasks cli tests bench
 export DEBIAN_FRONTEND := noninteractive
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint storm fleet fleet-judge bench bench-podman bench-scale clean host test-host
+.PHONY: demo test lint storm fleet fleet-judge bench bench-podman bench-scale bench-images clean host test-host
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -64,6 +64,11 @@ LIVE ?= 1000
 SPECS ?= 10000
 bench-scale: $(VENV)/.dev test-host
 	$(BIN)/python -m bench.scale --live $(LIVE) --specs $(SPECS)
+
+# Launches of an image beside those of the host's own programs; COLD sandboxes of one that must be pulled first.
+COLD ?= 50
+bench-images: $(VENV)/.dev test-host
+	$(BIN)/python -m bench.images --cold $(COLD)
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
