@@ -97,7 +97,6 @@ class Fetch:
             "copy",
             "--quiet",
             "--dest-compress-format=gzip",  # umoci 0.4 knows no zstd; what is gzip stays as it is
-            "--dest-oci-accept-uncompressed-layers",
             self.ref.source(self.digest),
             f"oci:{place / LAYOUT}:{NAME}",
             temporary=temporary,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from worker.errors import ImageError
+from worker.image_ref import is_digest
 
 LAYOUT, NAME = "oci", "x"  # the layout of a pull, and the one image in it
 SMALL = 4 << 20  # neither a manifest nor a configuration is larger (containers/image, iolimits)
@@ -91,6 +92,8 @@ def _list(found: Any) -> list[Any]:
 
 
 def _blob(layout: Path, digest: str) -> bytes:
+    if not is_digest(digest):  # it becomes a path
+        raise ValueError("no digest")
     return _small(layout / "blobs" / digest.replace(":", "/"))
 
 

@@ -4,6 +4,7 @@ Nothing of it is ever run here. What was begun lies in one folder under its lock
 a killed pull leaves that folder unlocked, and nobody ever uses it.
 """
 
+import errno
 import threading
 from pathlib import Path
 
@@ -50,7 +51,8 @@ def pull(
         store.note(ref, digest)
     except OSError as error:
         why = f"{error.strerror} ({error.filename or settings.images_dir})"
-        raise ImageError(fetch.what, why, SPACE) from None
+        todo = SPACE if error.errno in (errno.ENOSPC, errno.EDQUOT) else "see the host's disk"
+        raise ImageError(fetch.what, why, todo) from None
     image = store.find(digest)
     if image is None:
         raise ImageError(fetch.what, "was removed as soon as it was here", "pull it again", can_pass=True)

@@ -126,3 +126,41 @@ def test_a_program_dies_with_the_process_that_runs_it(held):
 )
 def test_last_words_are_the_last_line_that_says_something(text, words):
     assert process.last_words(text) == words
+
+
+# -- what pulls of images need -----------------------------------------------------------------------
+
+
+def test_output_is_there_byte_for_byte_too():
+    """A digest is of bytes: line ends, and what is no text, count."""
+    done = process.run(["printf", r"a\r\nb\377"], timeout_s=LONG_S)
+    assert (done.raw, done.stdout) == (b"a\r\nb\xff", "a\nb\ufffd")
+
+
+def test_a_tick_looks_on_and_the_output_is_kept():
+    ticks = []
+    script = "cat; echo a; sleep 0.5; echo b"
+    done = process.run(["sh", "-c", script], timeout_s=LONG_S, stdin="in\n", tick=lambda: ticks.append(1))
+    assert done.stdout == "in\na\nb\n"
+    assert 1 <= len(ticks) <= 3
+
+
+def test_what_a_tick_raises_ends_the_program_and_its_children(held):
+    def tick():
+        raise SandbatchError("image", "is too large")
+
+    with pytest.raises(SandbatchError, match="too large"):
+        process.run(["sh", "-c", f"exec 3<>{held}; sleep 60 & wait"], timeout_s=LONG_S, tick=tick)
+    with open(os.open(held, os.O_RDONLY | os.O_NONBLOCK)) as reader:
+        assert reader.read() == ""
+
+
+def test_the_deadline_holds_beside_ticks():
+    with pytest.raises(ProcessTimeout, match=r"no end within 0.5 s"):
+        process.run(["sleep", "60"], timeout_s=0.5, tick=lambda: None)
+
+
+def test_no_file_grows_beyond_its_limit(tmp_path):
+    argv = ["sh", "-c", f"head -c 100000 /dev/zero > {tmp_path}/zeros"]
+    assert process.run(argv, timeout_s=LONG_S, largest_file=5000).returncode != 0
+    assert (tmp_path / "zeros").stat().st_size <= 5000
