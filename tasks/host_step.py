@@ -20,6 +20,7 @@ from tasks.host_calls import make_service
 from tasks.host_facts import host_facts
 from tasks.host_record import HEARTBEAT_S
 from tasks.messages import Order
+from tasks.pull_messages import PullMessages
 from tasks.puller import Puller
 from tasks.record import Record
 from tasks.room import offer
@@ -28,6 +29,7 @@ from worker import journal as journals
 from worker import logs, reconcile
 from worker.egress_guard import Guard
 from worker.errors import SandbatchError
+from worker.fetcher import Fetcher
 from worker.keeper import Keeper
 from worker.launch import begin_waiting
 from worker.settings import Settings
@@ -59,7 +61,10 @@ class HostStep(bootsteps.StartStopStep):
             drains.settle(puller_record, self._settings)
             return {**offer(self._settings), "owner": self._owner, "life": self._told_life}
 
-        self._puller = Puller(workflow.app, puller_record, self._settings, have)
+        self._puller = Puller(workflow.app, puller_record, self._settings, have, workflow.go_on)
+        self._pull_messages = PullMessages(self._settings, Record(connect(self._settings, patient=True)))
+        self._fetcher = Fetcher(self._settings, self._pull_messages)
+        self._fetcher.start()
         self._keeper = Keeper(self._settings, workflow.this_host(), Messages())
         self._keeper.start()
         self._calls = make_service(self._settings)
@@ -73,6 +78,8 @@ class HostStep(bootsteps.StartStopStep):
         self._calls.stop()
         self._thread.join(timeout=5)
         self._keeper.stop()
+        self._fetcher.stop()
+        self._pull_messages.forget()
         try:
             self._record.leave(self._settings.host)
         except redis.RedisError as error:
@@ -151,13 +158,20 @@ class HostStep(bootsteps.StartStopStep):
             Messages().ended(known.container_id, known.attempt)
         for known in due.restart:
             Messages().restart(known.container_id, known.attempt)
-        for known in [*due.wait, *due.watch, *due.relaunch]:
+        for known in [*due.wait, *due.watch, *due.relaunch, *due.fetch, *due.admit]:
             self._keeper.watch(known.container_id)
-        for known in [*due.report, *due.relaunch, *due.wait]:
+        for known in due.fetch:
+            self._fetcher.look(known.container_id)
+        for known in [*due.report, *due.relaunch, *due.wait, *due.fetch, *due.admit]:
             if workflow.report(known):
                 self._later.settle(known.container_id)
                 if known.final:
                     workflow.forget(known)
+        if due.admit:
+            workflow.admit([known.container_id for known in due.admit])
+        self._fetcher.look_again()
+        for order in self._record.orders_on(self._settings.host):
+            self._fetcher.look(order["id"])
 
 
 class Messages:

@@ -49,10 +49,18 @@ def no_disk(current: Settings) -> str:
 
 
 class Puller:
-    """Takes work for one host until it is stopped."""
+    """Takes work for one host until it is stopped.
+
+    `go_on` publishes launches, (id, attempt), that have waited here for an image and have a slot now.
+    """
 
     def __init__(
-        self, app: Celery, record: Record, settings: Settings, offer: Callable[[], dict[str, Any]]
+        self,
+        app: Celery,
+        record: Record,
+        settings: Settings,
+        offer: Callable[[], dict[str, Any]],
+        go_on: Callable[[str, int], None],
     ) -> None:
         self._app = app
         self._record = record
@@ -61,7 +69,9 @@ class Puller:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="puller", daemon=True)
         self._said = ""
+        self._go_on = go_on
         self._taken: list[tuple[str, int]] = []  # and not yet published
+        self._admitted: list[tuple[str, int]] = []  # as well
 
     def start(self) -> None:
         """Begin to take; once only."""
@@ -108,9 +118,13 @@ class Puller:
         if reason:
             return False
         host = self._settings.host
-        if not self._taken:  # else its message could not be sent: the broker went away between the two
-            self._taken = self._record.take(host, self._offer())
+        if not self._taken and not self._admitted:  # else the broker went away before they were published
+            self._taken, self._admitted = self._record.take_and_admit(host, self._offer())
+        count = len(self._taken) + len(self._admitted)
+        while self._admitted:
+            self._go_on(*self._admitted[0])
+            del self._admitted[0]
         # Should this not be heard: the sweep of this host publishes again what has no journal.
         publish_place(self._app, [(container_id, attempt, host) for container_id, attempt in self._taken])
-        count, self._taken = len(self._taken), []
+        self._taken = []
         return count > 0

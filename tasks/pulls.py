@@ -59,14 +59,13 @@ class Pulls:
 
     # -- what is pulled now --------------------------------------------------------------------------
 
-    def show_pulls(self, host: str, rows: Mapping[str, Row]) -> None:
+    def show_pulls(self, host: str, rows: Sequence[Row]) -> None:
         """Replace what a host says of its pulls; it is gone some seconds after the host's last word."""
         key = host_key(host) + ":pulls"
         pipe = self.client.pipeline()
         pipe.delete(key)
         if rows:
-            said = {name: json.dumps(row) for name, row in rows.items()}
-            pipe.hset(key, mapping=dict[Any, Any](said))
+            pipe.hset(key, mapping={str(number): json.dumps(row) for number, row in enumerate(rows)})
             pipe.expire(key, PULLS_KEPT_S)
         pipe.execute()
 

@@ -91,7 +91,7 @@ class Record(Lines, Hosts, Pulls):
         """Begin the record of a sandbox anew: the broker has lost it, the host has not."""
         pipe, container_id, key = self.client.pipeline(), journal.container_id, batch_key(journal.batch)
         raw = new_record(
-            container_id, journal.batch, State.PLACED, journal.created_at, journal.spec, journal.attempt
+            container_id, journal.batch, State.PLACED, journal.created_at, journal.asked, journal.attempt
         )
         pipe.hset(sandbox_key(container_id), mapping={**raw, "host": host})
         pipe.zadd(SANDBOXES, {container_id: seconds(journal.created_at)})
@@ -104,6 +104,9 @@ class Record(Lines, Hosts, Pulls):
         for counter in ("total", "released"):
             pipe.hincrby(key, counter, 1)
         pipe.execute()
+        image, digest = journal.asked.image, journal.facts.get("image_digest")
+        if image and digest:  # the others of its batch are to run the same
+            self.pin(journal.batch, image, digest)
 
     def cancel(self, container_id: str, attempt: int) -> bool:
         """End a sandbox that no host has taken; False if one has."""

@@ -40,6 +40,8 @@ def view(journal: Journal) -> tuple[State, dict[str, str]]:
     fields["limits"] = json.dumps({name: getattr(journal.spec, name) for name in LIMITS})
     if "oom" in facts:
         fields["oom"] = "1" if facts["oom"] else "0"
+    if journal.asked.image is not None:
+        fields["waits"] = "1" if journal.waits_for_image else "0"  # it holds no launch slot
     current = [run.name for run in journal.runs if run.verb == "do"]
     fields["stage"] = current[-1] if current else ""
     return _state(journal), fields

@@ -1,6 +1,7 @@
 """The Celery tasks of a host: one a stage, one an undo, each a thin skin on `worker.launch`.
 
-place ─▶ netns ─▶ network ─▶ egress ─▶ bundle ─▶ container ┄ keeper ┄▶ ready ┄ keeper ┄▶ ended
+place ─▶ image ─▶ netns ─▶ network ─▶ egress ─▶ bundle ─▶ container ┄ keeper ┄▶ ready ┄ keeper ┄▶ ended
+       │   └┄ fetcher ┄▶ fetched ┄ puller ┄▶ image: an image that is not here holds no slot
        │            restart: the same again, after the undos ◀────────────────┤
        └─ any failure: unwind ─▶ undo.container ─▶ undo.bundle ─▶ undo.egress ─▶ undo.network ─▶ undo.netns
 """
@@ -21,22 +22,28 @@ from kombu.exceptions import KombuError
 
 from tasks.app import make_app, options, settings
 from tasks.connection import connect
-from tasks.messages import Order, read_order
+from tasks.messages import Order, read_order, read_pull_order
 from tasks.record import Record
 from tasks.scripts import BROKEN
 from tasks.state import State
 from tasks.submit import cancel
-from worker import conmon, ends, logs, procs
+from worker import conmon, ends, fetcher, logs, procs
 from worker import journal as journals
-from worker.errors import BadInput, Busy, JournalError, SandbatchError
+from worker.errors import BadInput, Busy, ImageError, JournalError, SandbatchError
+from worker.image_ref import parse_image
+from worker.image_store import ImageStore
 from worker.journal import Journal
 from worker.keeper import hand_over
 from worker.launch import (
+    begin_pull,
     begin_waiting,
+    end_pull,
     end_waiting,
     finish,
+    refuse_image,
     run_stage,
     undo_stage,
+    use_image,
     want_end,
     with_host_limits,
 )
@@ -49,6 +56,7 @@ log = logging.getLogger("sandbatch")
 MAX_TRIES, MAX_TRYING_S = 5, 60.0  # of one stage or undo whose error can pass
 BUSY_WAIT_S = 2.0  # a twin of a message ends within the time of one stage
 MAX_BUSY_TRIES = 60
+ADMITTED_S = 10.0  # the message of a launch that goes on is on its way for so long
 TASK_STAGES = tuple(stage.name for stage in STAGES if stage.name != "ready")  # a probe is no task
 LAST = "container"  # after it the keeper waits
 
@@ -82,13 +90,17 @@ def step(name: str, order: Order, **more: Any) -> Signature[Any]:
     )
 
 
-def launch_chain(order: Order, spec: Spec) -> Signature[Any]:
+def launch_chain(order: Order, spec: Spec, *, is_admitted: bool = False) -> Signature[Any]:
     """The stages of the spec, first to last; whichever fails, the errback unwinds.
+
+    `is_admitted`: it has waited for its image, and has a launch slot now.
 
     The errback is bound: only so does Celery publish it, to the host's queue, instead of running
     it where the failure was noticed (celery/backends/base.py, _call_task_errbacks).
     """
-    stages = chain(*(step(one.name, order) for one in stages_of(spec) if one.name in TASK_STAGES))
+    more = {"image": {"is_admitted": True}} if is_admitted else {}
+    names = [one.name for one in stages_of(spec) if one.name in TASK_STAGES]
+    stages = chain(*(step(name, order, **more.get(name, {})) for name in names))
     return stages.on_error(step("unwind", order, final="failed"))
 
 
@@ -189,13 +201,121 @@ def _undo_task(name: str) -> None:
                 _mark_stuck(order, name, error)
                 raise
         _tell_end(journal)
+        if name == "image":
+            fetcher.hand_over(settings(), order.container_id)  # it waits no more
 
     undo.__doc__ = f"Undo stage {name}: see worker.stages."
 
 
 for _name in TASK_STAGES:
-    _stage_task(_name)
+    if _name != "image":
+        _stage_task(_name)
     _undo_task(_name)
+
+
+@app.task(name="sandbatch.image", bind=True, max_retries=None)
+def image(self: "Task[Any, Any]", message: dict[str, Any], is_admitted: bool = False) -> None:
+    """Do stage image if the image is here; else the fetcher gets it, and the launch goes on after that.
+
+    It then begins anew with this stage, `is_admitted`, once the host's puller has a slot for it.
+    """
+    order = read_order(message)
+    try:
+        with _journal(order) as journal:
+            if journal.is_unwinding:
+                raise Ignore
+            is_waiting = journal.waits_for_image and not journal.is_stale
+            if journal.is_done("image") and not journal.is_stale:
+                _skip(journal, "image")
+            elif not is_waiting or is_admitted:  # else a twin: what waits, waits
+                is_waiting = not _have_image(journal)
+    except (redis.ConnectionError, redis.TimeoutError) as error:
+        raise Reject(error, requeue=True) from error
+    except SandbatchError as error:
+        raise _again(self, order, error) from error
+    report(journal)
+    if is_waiting:
+        fetcher.hand_over(settings(), order.container_id)
+        raise Ignore
+
+
+def _have_image(journal: Journal) -> bool:
+    """Use the image; False if it is to be fetched, as the journal says."""
+    store, asked = ImageStore(settings()), journal.asked
+    digest = _digest_for(journal, store)
+    is_here = digest is not None and store.find(digest) is not None
+    if is_here and digest is not None:
+        try:
+            use_image(this_host(), journal, digest)
+            return True
+        except ImageError:
+            if store.find(digest) is not None:
+                raise  # else it was removed between the look and the use
+    if asked.pull == "never":
+        todo = f"pull it first: sandbatch pull {asked.image} --host {settings().host}"
+        error = ImageError(f"image {asked.image}", "is not on this host, and is never to be pulled", todo)
+        refuse_image(this_host(), journal, error)
+        raise error
+    begin_pull(this_host(), journal, digest, is_gone=is_here or bool(journal.facts.get("fetched")))
+    return False
+
+
+def _digest_for(journal: Journal, store: ImageStore) -> str | None:
+    """The digest that a sandbox is to run; None if the reference is still to be resolved.
+
+    A sandbox keeps its digest, and its batch has one for all. The first host of a batch may take what it
+    has, unless the registry is always to be asked.
+    """
+    asked = journal.asked
+    if journal.facts.get("image_digest"):
+        return str(journal.facts["image_digest"])
+    ref = parse_image(str(asked.image))
+    if ref.digest:
+        return ref.digest
+    digest = record().pinned(journal.batch, str(ref))
+    if digest is None and asked.pull != "always":
+        found = store.lookup(ref)
+        digest = record().pin(journal.batch, str(ref), found) if found else None
+    return digest
+
+
+@app.task(name="sandbatch.fetched", bind=True, max_retries=None)
+def fetched(self: "Task[Any, Any]", message: dict[str, Any], outcome: str, detail: str, digest: str) -> None:
+    """Note how a pull ended: the launch goes on once the puller has a slot for it, or has failed."""
+    order = read_order(message)
+    try:
+        with _journal(order) as journal:
+            if not end_pull(journal, outcome, detail, digest):
+                raise Ignore
+    except Busy as error:
+        raise _again(self, order, error) from error
+    if report(journal):
+        admit([order.container_id])
+
+
+def admit(ids: list[str]) -> None:
+    """Line up launches whose image is here; reconcile does it again for what the broker has not heard."""
+    try:
+        record().admit(settings().host, ids, ADMITTED_S)
+    except (redis.RedisError, OSError) as error:
+        log.warning("launches wait, their images are here: %s", error)
+
+
+def go_on(container_id: str, attempt: int) -> None:
+    """Publish the stages of a launch that has waited for its image, and has a slot now."""
+    try:
+        known = journals.read(settings().sandboxes_dir / container_id)
+    except JournalError:
+        return  # it has ended meanwhile, which frees its slot
+    if known.attempt == attempt and known.waits_for_image:
+        order = Order(container_id=container_id, attempt=attempt)
+        launch_chain(order, known.spec, is_admitted=True).apply_async()
+
+
+@app.task(name="sandbatch.pull", read=staticmethod(read_pull_order))
+def pull(message: dict[str, Any]) -> None:
+    """Have the fetcher look at an order of `sandbatch pull`; what it asks for is in the record."""
+    fetcher.hand_over(settings(), read_pull_order(message).pull_id)
 
 
 @app.task(name="sandbatch.ready", bind=True, max_retries=None)

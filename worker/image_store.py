@@ -85,7 +85,10 @@ class ImageStore:
                 )
         found: dict[str, list[str]] = {}
         for known in journals:
-            digest = known.intents.get(STAGE, {}).get("digest") if STAGE in known.begun else None
+            if STAGE not in known.begun:
+                continue
+            # A pull begins before its digest is known; once it has ended, the facts have it.
+            digest = known.intents[STAGE].get("digest") or known.facts.get("image_digest")
             if digest:
                 found.setdefault(digest, []).append(known.container_id)
         return found

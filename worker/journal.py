@@ -83,7 +83,8 @@ class Journal:
     runs: list[StageRun] = field(default_factory=list)
     intents: dict[str, dict[str, Any]] = field(default_factory=dict)  # stage -> what its undo must know
     data: dict[str, dict[str, Any]] = field(default_factory=dict)  # stage -> what its `do` returned
-    # wanted, error, final, stuck; running_at, ended_at, exit_code, reason; stop; restarts, restart_at
+    # wanted, error, final, stuck; running_at, ended_at, exit_code, reason; stop; restarts, restart_at;
+    # image_digest; pulling, fetched (while it waits for its image); gone (how often that went meanwhile)
     facts: dict[str, Any] = field(default_factory=dict)
     _begun: dict[str, bool] = field(default_factory=dict)  # stage -> done; absent: not begun or undone
     _stale: set[str] = field(default_factory=set)  # begun by an attempt that is over
@@ -114,6 +115,12 @@ class Journal:
         """Its program was started, and nobody has noted its end: it runs, or has ended just now."""
         is_over = self.is_unwinding or self.is_stale or self.facts.get("restart_at")
         return self.is_done("container") and not is_over
+
+    @property
+    def waits_for_image(self) -> bool:
+        """Its image is being fetched, or is here and the launch waits for a slot; it holds none meanwhile."""
+        is_begun = "image" in self._begun and ("image" in self._stale or not self.is_done("image"))
+        return is_begun and bool(self.facts.get("pulling")) and not self.is_unwinding
 
     @property
     def is_unwinding(self) -> bool:

@@ -1,15 +1,17 @@
 """Run the stages of one sandbox, and undo them: what every Celery task of a host is a thin skin on."""
 
 from contextlib import suppress
+from typing import Any
 
 from worker import faults, limits
-from worker.errors import NotReady, SandbatchError
+from worker.errors import ImageError, NotReady, SandbatchError
 from worker.journal import Journal
 from worker.settings import Settings
 from worker.spec import Spec
 from worker.stages import STAGE, STAGES, Host, Stage
 
 TERMINAL = ("exited", "failed", "cancelled")
+MOST_GONE = 3  # times that an image is fetched again because it was removed before it could be used
 
 
 def with_host_limits(spec: Spec, settings: Settings) -> Spec:
@@ -39,9 +41,7 @@ def run_stage(host: Host, journal: Journal, name: str) -> bool:
     stage = STAGE[name]
     if journal.is_unwinding:
         return False
-    if journal.is_stale:
-        for old in reversed(STAGES):
-            undo_stage(host, journal, old)
+    _undo_stale(host, journal)
     if journal.is_done(name):
         return False
     if name in journal.begun:
@@ -50,6 +50,18 @@ def run_stage(host: Host, journal: Journal, name: str) -> bool:
         intent, refusal = stage.intend(host, journal), None
     except SandbatchError as error:
         intent, refusal = {}, error
+    _begin(journal, name, intent)
+    _do(host, journal, stage, refusal)
+    return True
+
+
+def _undo_stale(host: Host, journal: Journal) -> None:
+    if journal.is_stale:
+        for old in reversed(STAGES):
+            undo_stage(host, journal, old)
+
+
+def _begin(journal: Journal, name: str, intent: dict[str, Any]) -> None:
     try:
         journal.mark_begun(name, intent)  # before, not after: a failed ADD may already hold an address
     except OSError as error:
@@ -57,6 +69,10 @@ def run_stage(host: Host, journal: Journal, name: str) -> bool:
         with suppress(OSError):  # there may be room for the shorter line
             journal.mark_failed(name, words)
         raise SandbatchError(journal.container_id, words, "make room on the host's disk") from error
+
+
+def _do(host: Host, journal: Journal, stage: Stage, refusal: SandbatchError | None = None) -> None:
+    name = stage.name
     try:
         if refusal is not None:
             raise refusal
@@ -68,7 +84,66 @@ def run_stage(host: Host, journal: Journal, name: str) -> bool:
             journal.mark_failed(name, _words(error))
         raise
     journal.mark_done(name, data)
+
+
+def begin_pull(host: Host, journal: Journal, digest: str | None, *, is_gone: bool = False) -> None:
+    """Note that the sandbox waits for its image; no slot and no process is held for that.
+
+    `digest`: the image that it is to have, where that is known. `is_gone`: it was here, and went before it
+    could be used.
+
+    Raises:
+        ImageError: It went too often.
+        SandbatchError: What the attempt before holds cannot be undone, or the journal not be written.
+    """
+    _undo_stale(host, journal)
+    gone = int(journal.facts.get("gone") or 0) + 1 if is_gone else 0
+    if gone >= MOST_GONE:
+        words = f"was removed {gone} times between its pull and its use"
+        raise ImageError(f"image {digest}", words, "see whoever removes images on this host")
+    undo_stage(host, journal, STAGE["image"])
+    _begin(journal, "image", {"reference": journal.asked.image, "digest": digest})
+    journal.set_facts(pulling=True, fetched=None, gone=gone or None, image_digest=digest)
+
+
+def end_pull(journal: Journal, outcome: str, detail: str, digest: str) -> bool:
+    """Note how a pull ended; True if the image is here now, and the launch may go on once it has a slot.
+
+    Raises:
+        ImageError: It cannot be had.
+    """
+    if not journal.waits_for_image:
+        return False
+    if outcome != "fetched":
+        journal.mark_failed("image", detail)
+        journal.set_facts(pulling=None)
+        raise ImageError(journal.container_id, detail)
+    if not journal.facts.get("fetched") or journal.facts.get("image_digest") != digest:
+        journal.set_facts(fetched=True, image_digest=digest)
     return True
+
+
+def use_image(host: Host, journal: Journal, digest: str) -> None:
+    """Do the stage `image` with what is here; one that was pulled has begun with its pull.
+
+    Raises:
+        ImageError: It is not here (any more), and `can_pass`; or it cannot be used as the spec asks.
+    """
+    has_waited = journal.waits_for_image and not journal.is_stale
+    if journal.facts.get("pulling") or journal.facts.get("image_digest") != digest:
+        journal.set_facts(pulling=None, fetched=None, image_digest=digest)
+    if has_waited:
+        _do(host, journal, STAGE["image"])
+    else:
+        run_stage(host, journal, "image")
+
+
+def refuse_image(host: Host, journal: Journal, error: SandbatchError) -> None:
+    """Note why the stage `image` fails before it does anything."""
+    _undo_stale(host, journal)
+    undo_stage(host, journal, STAGE["image"])
+    _begin(journal, "image", {"reference": journal.asked.image, "digest": None})
+    journal.mark_failed("image", str(error))
 
 
 def begin_waiting(journal: Journal) -> None:

@@ -32,6 +32,8 @@ class Due:
     watch: list[Journal] = field(default_factory=list)  # hand over to the keeper: it has the clock
     ended: list[Journal] = field(default_factory=list)  # its program has ended, and nobody has noted it
     restart: list[Journal] = field(default_factory=list)  # its next start is overdue
+    fetch: list[Journal] = field(default_factory=list)  # hand over to the fetcher: waits for its image
+    admit: list[Journal] = field(default_factory=list)  # its image is here: it goes on once it has a slot
     report: list[Journal] = field(default_factory=list)  # tell the record
 
 
@@ -96,7 +98,8 @@ def _next_attempt(due: Due, known: Journal) -> None:
     lost = known.attempt - known.facts.get("restarts", 0)  # a restart is an attempt as well, and no loss
     if lost < MAX_ATTEMPTS:
         known.new_attempt(known.attempt + 1)
-        due.relaunch.append(known)
+        # The fetcher first, also if its image is here by now: only so it waits for a slot.
+        (due.fetch if known.waits_for_image else due.relaunch).append(known)
         return
     words = f"given up: {lost} attempts ended with the loss of the process that made them"
     want_end(known, "failed", {"stage": _stage(known), "message": words})
@@ -178,6 +181,9 @@ class Later:
         elif known.is_up:
             due.wait.append(known)
             self._written.pop(known.container_id)  # never settled: the keeper's message may be lost
+        elif known.waits_for_image:  # however long its pull takes
+            (due.admit if known.facts.get("fetched") else due.fetch).append(known)
+            self._written.pop(known.container_id)  # never settled: as above
         elif quiet_s > self._settings.stall_s:
             self._fence(due, known.container_id)
 

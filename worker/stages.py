@@ -1,6 +1,6 @@
 """The life of a sandbox as one table: each stage with its `do` and its `undo`.
 
-    netns ──▶ network ──▶ egress ──▶ bundle ──▶ container ──▶ ready ──▶ running
+    image ──▶ netns ──▶ network ──▶ egress ──▶ bundle ──▶ container ──▶ ready ──▶ running
 
 An undo is safe to repeat and safe after a half-done `do`; `worker.launch` runs the table.
 """
@@ -15,6 +15,8 @@ from worker import attachments, conmon, egress, limits, names, netns, ports
 from worker import bundle as oci
 from worker.cni import CniRuntime
 from worker.errors import RunscError
+from worker.image_config import labels_of, overrides
+from worker.image_store import ImageStore
 from worker.journal import Journal, read_all
 from worker.mounted import confirm_binds
 from worker.overlay import check_overlay, make_overlay_folder, overlay_flag
@@ -35,6 +37,31 @@ class Host:
     @property
     def conf_dirs(self) -> tuple[Path, Path]:
         return (self.settings.own_cni_conf_dir, self.settings.cni_conf_dir)
+
+
+def choose_image(host: Host, journal: Journal) -> dict[str, Any]:
+    """The image that it uses from now on: nobody may remove it."""
+    return {"reference": journal.asked.image, "digest": journal.facts["image_digest"]}
+
+
+def take_image(host: Host, journal: Journal) -> dict[str, Any]:
+    """The rootfs in the store, and what the image's config says where the spec is silent.
+
+    Raises:
+        ImageError: It is not here (any more), or its config cannot be used.
+    """
+    image = ImageStore(host.settings).use(journal.facts["image_digest"])
+    return {
+        "reference": journal.asked.image,
+        "digest": image.digest,
+        "rootfs": str(image.rootfs),
+        "labels": labels_of(image),
+        "spec": overrides(journal.asked, image, host.settings),
+    }
+
+
+def release_image(host: Host, journal: Journal) -> None:
+    """Nothing to undo: it is in use as long as the journal has the stage as begun."""
 
 
 def create_netns(host: Host, journal: Journal) -> dict[str, Any]:
@@ -266,7 +293,12 @@ class Stage:
     applies: Callable[[Spec], bool] = always  # a spec that asks for nothing of it is spared the task
 
 
+def has_image(spec: Spec) -> bool:
+    return spec.image is not None
+
+
 STAGES = (
+    Stage("image", do=take_image, undo=release_image, intend=choose_image, applies=has_image),
     Stage("netns", do=create_netns, undo=delete_netns, intend=check_host),
     Stage("network", do=attach, undo=detach, intend=choose_networks),
     Stage("egress", do=load_egress, undo=unload_egress, intend=find_links, applies=egress.is_wanted),

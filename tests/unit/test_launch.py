@@ -7,7 +7,8 @@ import pytest
 
 from worker import journal as journals
 from worker import launch
-from worker.errors import BadNetwork, NotReady, RunscError, SandbatchError
+from worker.errors import BadNetwork, ImageError, NotReady, RunscError, SandbatchError
+from worker.image_store import ImageStore
 from worker.journal import FILE, Journal
 from worker.spec import make_spec
 from worker.stages import STAGES, Stage
@@ -289,3 +290,127 @@ def test_the_real_table_is_what_runs():
     assert launch.STAGES is STAGES
     assert {name: stage for name, stage in launch.STAGE.items() if stage.name == name} == launch.STAGE
     assert tuple(launch.STAGE.values()) == STAGES
+
+
+# -- images --------------------------------------------------------------------------------------
+
+BUSYBOX = "docker.io/library/busybox:latest"
+DIGEST = "sha256:" + "1" * 64
+
+
+class ImageTable(Table):
+    """With stage `image`, whose image may be gone."""
+
+    is_here = True
+
+    def _stage(self, name: str) -> Stage:
+        made = super()._stage(name)
+        if name != "image":
+            return made
+
+        def do(host: Any, journal: Journal) -> dict[str, Any]:
+            if not self.is_here:
+                raise ImageError("image", "is not on this host", can_pass=True)
+            return {**made.do(host, journal), "spec": {}}
+
+        def intend(host: Any, journal: Journal) -> dict[str, Any]:
+            return {"digest": journal.facts["image_digest"]}
+
+        return Stage(name, do=do, undo=made.undo, intend=intend)
+
+
+@pytest.fixture
+def images(monkeypatch) -> ImageTable:
+    monkeypatch.setattr(launch, "STAGES", ())
+    table = ImageTable()
+    table.stages = tuple(table._stage(name) for name in ("image", *NAMES))
+    monkeypatch.setattr(launch, "STAGES", table.stages)
+    monkeypatch.setattr(launch, "STAGE", {stage.name: stage for stage in table.stages})
+    return table
+
+
+@pytest.fixture
+def of_image(tmp_path) -> Journal:
+    spec = make_spec(args=["true"], image=BUSYBOX)
+    return journals.create(tmp_path, ID, attempt=1, batch="b", spec=spec)
+
+
+def test_an_image_that_is_here_is_used_at_once(images, of_image):
+    launch.use_image(HOST, of_image, DIGEST)
+    assert events(of_image) == ["facts", "begun image", "done image"]
+    assert of_image.intents["image"] == {"digest": DIGEST}
+    assert not of_image.waits_for_image
+
+
+def test_an_image_that_is_pulled_is_one_stage_from_the_pull_s_begin_to_its_use(images, of_image):
+    """`show` has one line for it, with the time that it took."""
+    launch.begin_pull(HOST, of_image, None)
+    assert of_image.waits_for_image
+    assert launch.end_pull(of_image, "fetched", "", DIGEST) is True
+    assert launch.end_pull(of_image, "fetched", "", DIGEST) is True  # a twin
+    assert of_image.waits_for_image  # for a slot
+    assert of_image.facts["image_digest"] == DIGEST
+    launch.use_image(HOST, of_image, DIGEST)
+    assert not of_image.waits_for_image
+    assert events(of_image) == ["begun image", "facts", "facts", "facts", "done image"]
+    assert [(run.name, run.verb, run.state) for run in of_image.runs] == [("image", "do", "done")]
+    assert images.take() == ["do image"]
+    assert launch.end_pull(of_image, "fetched", "", DIGEST) is False
+
+
+def test_an_image_that_cannot_be_had_fails_the_stage_in_its_words(images, of_image):
+    launch.begin_pull(HOST, of_image, None)
+    with pytest.raises(ImageError, match="manifest unknown"):
+        launch.end_pull(of_image, "failed", "image x: manifest unknown", "")
+    assert of_image.runs[-1].error == "image x: manifest unknown"
+    assert not of_image.waits_for_image
+    assert of_image.begun == ["image"]
+
+
+def test_a_new_attempt_waits_again_and_keeps_its_digest(images, of_image):
+    """The worker died over the pull, or the sandbox is started anew: what it holds is undone first."""
+    launch.use_image(HOST, of_image, DIGEST)
+    launch.run_stage(HOST, of_image, "netns")
+    of_image.new_attempt(2)
+    images.take()
+    launch.begin_pull(HOST, of_image, of_image.facts["image_digest"])
+    assert images.take() == ["undo netns", "undo image"]
+    assert of_image.waits_for_image
+    of_image.new_attempt(3)
+    assert launch.end_pull(of_image, "fetched", "", DIGEST) is True
+    launch.use_image(HOST, of_image, DIGEST)
+    assert images.take() == ["undo image", "do image"]
+    assert of_image.is_done("image")
+    assert not of_image.is_stale
+
+
+def test_an_image_that_goes_before_it_is_used_is_fetched_again_but_not_for_ever(images, of_image):
+    images.is_here = False
+    launch.begin_pull(HOST, of_image, DIGEST)
+    for _ in range(launch.MOST_GONE - 1):
+        assert launch.end_pull(of_image, "fetched", "", DIGEST)
+        with pytest.raises(ImageError):
+            launch.use_image(HOST, of_image, DIGEST)
+        assert not of_image.waits_for_image
+        launch.begin_pull(HOST, of_image, DIGEST, is_gone=True)
+        assert of_image.waits_for_image
+    with pytest.raises(ImageError, match="removed 3 times"):
+        launch.begin_pull(HOST, of_image, DIGEST, is_gone=True)
+
+
+def test_an_image_that_may_not_be_pulled_fails_the_stage(images, of_image):
+    launch.refuse_image(HOST, of_image, ImageError("image x", "is not on this host"))
+    assert of_image.begun == ["image"]
+    assert of_image.runs[-1].error == "image x: is not on this host"
+
+
+def test_an_image_that_was_pulled_is_in_use_before_its_sandbox_has_a_slot(images, settings):
+    """Nobody may remove it while fifty wait for it."""
+    spec = make_spec(args=["true"], image=BUSYBOX)
+    known = journals.create(settings.sandboxes_dir, ID, attempt=1, batch="b", spec=spec)
+    launch.begin_pull(HOST, known, None)
+    assert ImageStore(settings).users() == {}
+    launch.end_pull(known, "fetched", "", DIGEST)
+    assert ImageStore(settings).users() == {DIGEST: [ID]}
+    launch.undo_stage(HOST, known, launch.STAGE["image"])
+    assert ImageStore(settings).users() == {}

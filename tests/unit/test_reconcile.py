@@ -475,3 +475,43 @@ def test_a_worker_that_dies_between_two_runs_costs_no_attempt_too_many(settings)
     known.new_attempt(21)
     assert ids(reconcile.at_start(settings)) == {"relaunch": [1]}
     assert again(known).attempt == 22
+
+
+# -- images --------------------------------------------------------------------------------------
+
+
+def waits_for_image(settings: Settings, number: int, **facts: Any) -> Journal:
+    known = made(settings, number, begun="image", image="docker.io/library/busybox:latest")
+    known.set_facts(pulling=True, **facts)
+    return known
+
+
+def test_at_the_start_what_waits_for_an_image_goes_to_the_fetcher_again(settings):
+    """Also if the image is here by now: only so it waits for a slot, as the others do."""
+    waits_for_image(settings, 1)
+    waits_for_image(settings, 2, fetched=True, image_digest="sha256:0")
+    due = reconcile.at_start(settings)
+    assert ids(due) == {"fetch": [1, 2]}
+    assert [one.attempt for one in due.fetch] == [2, 2]  # the messages of the dead worker act on nothing
+    assert all(again(one).waits_for_image for one in due.fetch)
+
+
+def test_a_pull_may_take_longer_than_a_launch_may_stand_still(settings, later):
+    """And its message may be lost: it stays due, until its pull has ended."""
+    known = waits_for_image(settings, 1)
+    written(known, settings.stall_s + 1)
+    for _ in range(2):
+        assert ids(later.look()) == {"fetch": [1]}
+    known.set_facts(fetched=True)
+    written(known, settings.stall_s + 1)
+    for _ in range(2):
+        assert ids(later.look()) == {"admit": [1]}
+    assert again(known).attempt == 1
+
+
+def test_a_launch_that_has_its_image_and_stands_still_begins_anew(settings, later):
+    known = waits_for_image(settings, 1)
+    known.set_facts(pulling=None)
+    known.mark_done("image", {"spec": {}})
+    written(known, settings.stall_s + 1)
+    assert ids(later.look()) == {"relaunch": [1]}
