@@ -257,7 +257,7 @@ def test_a_journal_that_waits_for_its_image_says_so_until_it_goes_on(record, of_
     record.admit("h1", [of_image.container_id], 10)
     assert go_on(record, slots=1) == ([], [])
     of_image.set_facts(pulling=None, fetched=None)
-    of_image.mark_done("image", {"spec": {}})
+    of_image.mark_done("image", {"digest": ONE, "labels": {}, "spec": {}})
     record.report(of_image, "h1")
     (new,) = enqueue(record, 1, start=10)
     assert go_on(record, slots=1) == ([], [])
