@@ -58,7 +58,7 @@ def _state(row: dict[str, Any]) -> str:
 
 
 def _command(row: dict[str, Any]) -> str:
-    words: str = row["command"]
+    words: str = row["command"] or "-"  # an image's own, before that is here
     return words if len(words) <= 40 else words[:39] + "…"
 
 
@@ -149,7 +149,7 @@ def details(row: dict[str, Any]) -> "Table":
         "image" if row["spec"].get("image") else "rootfs": row["image"],
         "image digest": row["image_digest"],
         "image labels": one_line(", ".join(f"{name}={value}" for name, value in row["image_labels"].items())),
-        "command": " ".join(row["args"]),
+        "command": one_line(" ".join(row["args"])),
         "labels": ", ".join(f"{name}={value}" for name, value in row["labels"].items()),
         "limits": limits(row["limits"]),
         "ready": row["spec"].get("ready"),

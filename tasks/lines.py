@@ -37,10 +37,9 @@ from tasks.keys import (
 )
 from tasks.scripts import COUNT, OFFER, TAKE
 from tasks.state import State
+from tasks.view import command_of
 from worker.journal import now, seconds
 from worker.spec import HOST_NAME, KINDS, Spec
-
-COMMAND_KEPT = 80  # characters, for tables
 
 
 class Lines(Batches):
@@ -240,7 +239,7 @@ def needs_of(spec: Spec) -> dict[str, str]:
         "queue": where(spec),
         "memory": str(spec.memory_bytes or 0),  # 0: as much as its host counts for such a one
         "nets": _networks(spec),
-        "command": " ".join(spec.args)[:COMMAND_KEPT],
+        "command": command_of(spec.args),
     }
     return {**needs, "reschedule": "1"} if spec.reschedule else needs
 

@@ -1,11 +1,13 @@
 """A journal as the record has it, and a record as `--json` shows it (CLI.md)."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from tasks.state import State
 from worker.journal import Journal
 
+COMMAND_KEPT = 80  # characters, for tables
 LABELS_CHARS = 8192  # an image may have any number of them, and a report has them each time
 LIMITS = ("memory_bytes", "cpus", "pids")
 
@@ -28,6 +30,8 @@ def view(journal: Journal) -> tuple[State, dict[str, str]]:
         fields["notes"] = json.dumps(notes)
     if image := journal.data.get("image"):
         fields["image_digest"] = image["digest"]
+        args = journal.spec.args  # the image's own, where none were given
+        fields |= {"args": json.dumps(args), "command": command_of(args)}
         fields["image_labels"] = json.dumps(_within(image["labels"], LABELS_CHARS))
     is_over = journal.is_unwinding or bool(facts.get("restart_at"))
     for name in ("exit_code", "running_at", "ended_at", "reason", "restarts", "log_until"):
@@ -73,7 +77,7 @@ def shape(raw: dict[str, str]) -> dict[str, Any]:
         "image": spec.get("image") or spec.get("rootfs"),
         "image_digest": raw.get("image_digest"),  # null until its image is on the host, or it has none
         "image_labels": json.loads(raw["image_labels"]) if raw.get("image_labels") else {},
-        "args": spec.get("args", []),
+        "args": _list(raw, "args") or spec.get("args", []),
         "created_at": raw.get("created_at"),
         "running_at": raw.get("running_at"),
         "ended_at": raw.get("ended_at"),
@@ -91,6 +95,11 @@ def shape(raw: dict[str, str]) -> dict[str, Any]:
         "stages": stages,
         "spec": spec,
     }
+
+
+def command_of(args: Sequence[str]) -> str:
+    """What a table shows of a command."""
+    return " ".join(args)[:COMMAND_KEPT]
 
 
 def _within(labels: dict[str, str], most: int) -> dict[str, str]:
