@@ -26,7 +26,7 @@ TEMPORARY = "tmp"
 TRIES, FIRST_WAIT_S, LONGEST_WAIT_S = 5, 1.0, 20.0
 STALL_S = 60.0  # a connection that brings nothing for so long is given up, and another tried
 TELL_S = 0.5
-MOST_KNOWN = 64
+MOST_KNOWN, LONGEST_KNOWN = 64, 64 << 10
 ENDED = "its pull was ended: nobody waits for it any more"
 
 _known: dict[str, bytes] = {}  # manifests of registries by digest, from the resolve to the pull
@@ -59,7 +59,7 @@ def resolve(settings: Settings, ref: ImageRef, timeout_s: float, stop: threading
     digest = f"sha256:{hashlib.sha256(raw).hexdigest()}"
     while len(_known) >= MOST_KNOWN:
         _known.pop(next(iter(_known)), None)
-    if ref.is_remote:
+    if ref.is_remote and len(raw) <= LONGEST_KNOWN:
         _known[digest] = raw
     return digest
 

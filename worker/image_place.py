@@ -1,15 +1,18 @@
 """Folders of work under way: locked while somebody works in them, removed whatever fails, then synced."""
 
 import ctypes
+import fcntl
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from worker import process
-from worker.errors import ImageError
+from worker.errors import ImageError, SandbatchError
 from worker.locks import lock_within
 
+log = logging.getLogger("sandbatch")
 DELETE_S = 600.0
 LOOK_S = 0.2  # between two looks whether what another process does is still wanted
 
@@ -28,7 +31,7 @@ def held(folder: Path, wait_s: float = 0.0) -> Iterator[bool]:
     try:
         yield lock_within(handle, wait_s) and _is_at(handle, folder)
     finally:
-        os.close(handle)
+        unlock(handle)
 
 
 @contextmanager
@@ -51,9 +54,23 @@ def working(place: Path, check: Callable[[], None]) -> Iterator[None]:
                     yield
                 finally:
                     if place.exists() and place.stat().st_ino == inode:
-                        delete_tree(place)
+                        _delete_or_say(place)
                 return
         check()
+
+
+def unlock(handle: int) -> None:
+    """Give a `flock` up and close its file; also for a child that was forked meanwhile and has it open."""
+    fcntl.flock(handle, fcntl.LOCK_UN)
+    os.close(handle)
+
+
+def _delete_or_say(place: Path) -> None:
+    """What failed before is the error to see; what stays the audit finds, and the next start removes."""
+    try:
+        delete_tree(place)
+    except (SandbatchError, OSError) as error:
+        log.warning("%s", error)
 
 
 def delete_tree(place: Path, timeout_s: float = DELETE_S) -> None:

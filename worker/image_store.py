@@ -23,7 +23,7 @@ from uuid import uuid4
 from worker import journal
 from worker.errors import BadInput, ImageError
 from worker.image_entry import ENTRY, Image, read_entry
-from worker.image_place import DELETE_S, delete_tree, held, sync_folder
+from worker.image_place import DELETE_S, delete_tree, held, sync_folder, unlock
 from worker.image_ref import ImageRef, is_digest, parse_image
 from worker.image_refs import References
 from worker.limits import in_words
@@ -229,7 +229,7 @@ class ImageStore:
             fcntl.flock(handle, how)
             yield
         finally:
-            os.close(handle)
+            unlock(handle)
 
     def _make_folders(self) -> None:
         if not self._references.folder.is_dir():

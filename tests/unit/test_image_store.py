@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -232,6 +233,22 @@ def test_a_removal_waits_for_a_use_that_has_begun(store: ImageStore, put: Put, s
     os.close(handle)
     removal.join(5)
     assert store.find(A) is not None
+
+
+def test_a_child_that_is_forked_meanwhile_keeps_no_lock(store: ImageStore, put: Put) -> None:
+    """Celery's pool forks whenever a child has died, also while a thread of the worker has the lock."""
+    place = leave(store, f".pulling-{'d' * 64}")
+    with store._locked(fcntl.LOCK_EX), held(place):
+        child = os.fork()
+        if not child:
+            signal.pause()
+    try:
+        put(A)
+        store.use(A)
+        assert store.left_over() == [place.name]
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 # -- the limit of all ------------------------------------------------------------------------------
