@@ -120,7 +120,9 @@ def exec_(
     stdin: Annotated[bool, typer.Option("-i", "--interactive", help="Hand our standard input over.")] = False,
     env: Annotated[list[str] | None, typer.Option("-e", "--env", metavar="K=V")] = None,
     cwd: Annotated[str, typer.Option("-w", "--cwd", metavar="DIR", help="If not the sandbox's own.")] = "",
-    user: Annotated[str, typer.Option("-u", "--user", metavar="UID[:GID]")] = "",
+    user: Annotated[
+        str, typer.Option("-u", "--user", metavar="USER[:GROUP]", help="Names are those of its image.")
+    ] = "",
     timeout: Annotated[
         float | None, typer.Option(metavar="S", help="End it after so many seconds; exit 124.")
     ] = None,

@@ -11,7 +11,7 @@ from worker.bundle import own_mounts
 from worker.cni_config import find_network
 from worker.errors import BadInput, BadNetwork, HostNotReady
 from worker.journal import boot_id
-from worker.mounts import lay_out
+from worker.mounts import check_source, lay_out
 from worker.overlay import check_overlay
 from worker.runsc import Runsc
 from worker.settings import Settings
@@ -73,7 +73,10 @@ def _check_here(spec: Spec, hosts: list[dict[str, Any]], settings: Settings) -> 
         found = {one.name: find_network(one.name, conf_dirs) for one in spec.networks}
         capabilities.check(spec, {name: capabilities.advertised(one) for name, one in found.items()})
     with suppress(PermissionError):  # of this user; the host's worker is root and looks again
-        if spec.image is None:  # what is in one, only the host knows, once it has it
+        if spec.image is not None:  # what is in one, only the host knows, once it has it
+            for source in (one.source for one in spec.mounts if one.source is not None):
+                check_source(source, settings)
+        else:
             lay_out(spec, own_mounts(spec, settings), settings)
             names.check(spec, settings)
     with suppress(HostNotReady):  # which sandbatch hosts says better

@@ -6,12 +6,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 
 from worker.errors import BadInput
 from worker.spec import ContainerId, command, environment
-from worker.spec_parts import text
+from worker.spec_parts import text, user_words
 
 CURSOR_MOST = 200
 Stream = Literal["stdout", "stderr"]
 STREAMS: tuple[Stream, ...] = ("stdout", "stderr")
-USER = r"^[0-9]{1,10}(:[0-9]{1,10})?$"
 
 
 def _words(value: list[str]) -> list[str]:
@@ -62,7 +61,7 @@ class ExecCall(_SandboxCall):
         default_factory=dict
     )
     cwd: Annotated[str, Field(max_length=4096), AfterValidator(text)] = ""
-    user: str = Field(default="", pattern=rf"{USER}|^$")
+    user: Annotated[str, Field(max_length=200), AfterValidator(user_words)] = ""
     stdin: bool = False
     timeout_s: float | None = Field(default=None, gt=0, le=10**9)
     output_limit: int | None = Field(default=None, ge=1)  # bytes, both streams together

@@ -4,6 +4,7 @@ Each part comes from the functions that a launch uses. What only a launch can kn
 name of a link, a plugin's result) has a placeholder in its place; `unknown` says which.
 """
 
+import os
 from collections.abc import Iterator
 from ipaddress import ip_network
 from typing import Any
@@ -11,7 +12,11 @@ from typing import Any
 from worker import attachments, conmon, egress, netns
 from worker.cni_config import Network
 from worker.egress_rules import Link, load_text, ruleset
-from worker.errors import HostNotReady
+from worker.errors import HostNotReady, ImageError
+from worker.image_config import overrides
+from worker.image_entry import Image
+from worker.image_ref import parse_image
+from worker.image_store import ImageStore
 from worker.journal import Journal, now
 from worker.launch import with_host_limits
 from worker.names import RESOLV_CONF
@@ -34,10 +39,12 @@ def dry_run(spec: Spec, settings: Settings) -> dict[str, Any]:
     Raises:
         BadInput: What the launch would be refused for.
         HostNotReady: This machine lacks something, so it is no host.
+        ImageError: The image is not here yet, so that nobody knows what it says.
     """
     known = remembered(settings)
     host = make_host(settings, hides_sysctl=known is not None and known.hides_sysctl)
-    journal = _journal(with_host_limits(spec, settings), settings)
+    asked = with_host_limits(spec, settings)
+    journal = _journal(asked, settings)
     check_host(host, journal)
     check_overlay(spec, host.runsc)
     journal.intents[attachments.STAGE] = attachments.plan(spec, host.conf_dirs)
@@ -46,6 +53,11 @@ def dry_run(spec: Spec, settings: Settings) -> dict[str, Any]:
     ]
     links = attachments.planned(journal)
     unknown = {"container_id": CONTAINER_ID}
+    if spec.image is not None:
+        image = _image(spec.image, settings)
+        journal.asked = asked.model_copy(update=overrides(asked, image, settings))
+        if spec.pull == "always" and not parse_image(spec.image).digest:
+            unknown["image"] = image.digest
     if known is None:
         unknown["runsc start"] = "whether it needs its mount trick: run sandbatch doctor"
     firewall = ""
@@ -67,6 +79,19 @@ def dry_run(spec: Spec, settings: Settings) -> dict[str, Any]:
         "runsc": list(_commands(host, journal)),
         "unknown": unknown,
     }
+
+
+def _image(reference: str, settings: Settings) -> Image:
+    """The image that a launch would have, if it is on this host already: nothing is pulled for this."""
+    store = ImageStore(settings)
+    if store.folder.is_dir() and not os.access(store.folder, os.R_OK | os.X_OK):
+        raise ImageError(f"image {reference}", "only root may look at the host's images", "run as root")
+    digest = store.lookup(parse_image(reference))
+    image = store.find(digest) if digest else None
+    if image is None:
+        why = "is not on this host, and what it says is known after its pull"
+        raise ImageError(f"image {reference}", why, f"run sandbatch pull {reference}, then this again")
+    return image
 
 
 def _journal(spec: Spec, settings: Settings) -> Journal:

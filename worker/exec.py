@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from worker import bundle, conmon, faults, journal
+from worker import conmon, faults, journal
 from worker.calls import ExecCall, Talk
 from worker.errors import JournalError, RunscError, SandbatchError
+from worker.exec_process import make_process
 from worker.journal import Journal
 from worker.runsc import Runsc, clean_env, last_message
 from worker.settings import Settings
@@ -82,27 +83,6 @@ def check_running(settings: Settings, container_id: str) -> Journal:
         words = "has ended" if ended or known.is_unwinding else "does not run yet"
         raise SandbatchError(container_id, f"its command {words}", "see sandbatch show")
     return known
-
-
-def make_process(known: Journal, call: ExecCall) -> dict[str, Any]:
-    """The command as an OCI process: the sandbox's own, but for what the call says.
-
-    runsc's flags would not do: without `--user` the runsc of 2024 takes root, whoever the sandbox's
-    own command runs as, and root would get no more capabilities than that one has.
-
-    Raises:
-        SandbatchError: Its bundle is gone: it has just ended.
-    """
-    try:
-        own = json.loads((known.bundle / "config.json").read_text())["process"]
-    except FileNotFoundError:
-        raise SandbatchError(known.container_id, "its command has ended", "see sandbatch show") from None
-    made = {**own, "args": list(call.args), "cwd": call.cwd or own["cwd"]}
-    made["env"] = [*own["env"], *(f"{name}={value}" for name, value in call.env.items())]  # the last counts
-    if call.user:
-        made["user"] = bundle.user_of(call.user)
-        made["capabilities"] = bundle.capabilities_of(made["user"]["uid"])
-    return made
 
 
 class _Run:
