@@ -152,7 +152,7 @@ def details(row: dict[str, Any]) -> "Table":
         "command": one_line(" ".join(row["args"])),
         "labels": ", ".join(f"{name}={value}" for name, value in row["labels"].items()),
         "limits": limits(row["limits"]),
-        "ready": row["spec"].get("ready"),
+        "ready": row["ready"],
         "egress": _egress(row["spec"]),
         "isolated": "yes" if row["spec"].get("isolate") else None,
         "created": row["created_at"],

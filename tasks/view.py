@@ -29,7 +29,7 @@ def view(journal: Journal) -> tuple[State, dict[str, str]]:
     if notes := journal.data.get("bundle", {}).get("notes"):
         fields["notes"] = json.dumps(notes)
     if image := journal.data.get("image"):
-        fields["image_digest"] = image["digest"]
+        fields |= {"image_digest": image["digest"], "ready": journal.spec.ready}
         args = journal.spec.args  # the image's own, where none were given
         fields |= {"args": json.dumps(args), "command": command_of(args)}
         fields["image_labels"] = json.dumps(_within(image["labels"], LABELS_CHARS))
@@ -73,6 +73,7 @@ def shape(raw: dict[str, str]) -> dict[str, Any]:
         "publish": _list(raw, "publish"),
         "egress": spec.get("egress"),  # null: no policy; an empty list: nothing is allowed
         "isolate": spec.get("isolate", False),
+        "ready": raw.get("ready") or spec.get("ready"),  # of an image: known once that is there
         "notes": _list(raw, "notes"),
         "image": spec.get("image") or spec.get("rootfs"),
         "image_digest": raw.get("image_digest"),  # null until its image is on the host, or it has none

@@ -249,6 +249,8 @@ class Fetch:
             if tags is not None and (len(tags) != 1 if not self.ref.tag else self.ref.tag not in tags):
                 names = ", ".join(sorted(filter(None, tags))[:10])
                 why = f"there are {len(tags)} images in {path}"
+                if self.ref.tag:
+                    why = f"no image in {path} has the tag {self.ref.tag}"
                 raise ImageError(
                     self.what, why, f"name one of its tags: {names}" if names else "none has a tag"
                 )

@@ -477,7 +477,7 @@ def test_a_layout_with_more_says_what_it_has(puller: Puller, tmp_path: Path) -> 
     place = layout(tmp_path / "two", {"v1": APP, "v2": blobs_of([[file("b")]])})
     with pytest.raises(ImageError, match=r"there are 2 images in .*; name one of its tags: v1, v2"):
         puller(parse_image(f"oci:{place}"))
-    with pytest.raises(ImageError, match="name one of its tags: v1, v2"):
+    with pytest.raises(ImageError, match="has the tag v3; name one of its tags: v1, v2"):
         puller(parse_image(f"oci:{place}:v3"))
     assert puller(parse_image(f"oci:{place}:v2")).digest != DIGEST
 

@@ -20,7 +20,12 @@ OF_IMAGE: dict[str, Any] = {
     "digest": DIGEST,
     "rootfs": "/store/rootfs",
     "labels": {"a": "1"},
-    "spec": {"args": ["httpd", "-f", "\x1b[2J[red]"], "user": "7:8", "rootfs": "/store/rootfs"},
+    "spec": {
+        "args": ["httpd", "-f", "\x1b[2J[red]"],
+        "user": "7:8",
+        "ready": "tcp:80",
+        "rootfs": "/store/rootfs",
+    },
 }
 
 
@@ -48,7 +53,7 @@ def shown(row: dict[str, Any]) -> str:
 def test_before_the_image_is_here_its_reference_is_known_and_no_more(known):
     row = seen(known)
     assert (row["image"], row["image_digest"]) == ("docker.io/library/busybox:latest", None)
-    assert (row["image_labels"], row["args"]) == ({}, [])
+    assert (row["image_labels"], row["args"], row["ready"]) == ({}, [], "image")
     assert "docker.io/library/busybox:latest" in shown(row)
 
 
@@ -57,7 +62,7 @@ def test_then_there_are_its_digest_its_labels_and_the_command(known):
     known.mark_done("image", OF_IMAGE)
     row = seen(known)
     assert (row["image_digest"], row["image_labels"]) == (DIGEST, OF_IMAGE["labels"])
-    assert row["args"] == OF_IMAGE["spec"]["args"]
+    assert (row["args"], row["ready"]) == (OF_IMAGE["spec"]["args"], "tcp:80")
     assert view(known)[1]["command"] == " ".join(row["args"])
     assert r"httpd -f \x1b[2J[red]" in shown(row)  # it is a stranger's: no marks, no escapes
     assert row["spec"]["image"] == "docker.io/library/busybox:latest"

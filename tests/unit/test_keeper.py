@@ -225,6 +225,16 @@ def test_no_answer_before_the_deadline_says_what_the_sandbox_said_last(running, 
     assert detail == f"no answer to {known.spec.ready} within 0.5 s; its last words: cannot bind"
 
 
+def test_a_port_that_the_image_exposes_and_nobody_listens_at_says_whence_it_is(running, waiting, outcomes):
+    known = waiting("image", timeout_s=0.5, image="app")
+    probe = {"spec": {"ready": f"tcp:{free_port()}"}}
+    known.mark_begun("image")
+    known.mark_done("image", probe)
+    running.watch(known.container_id)
+    detail = outcomes.get(timeout=LONG_S)[3]
+    assert detail.startswith(f"no answer to {known.spec.ready} (a port that the image exposes; --ready none")
+
+
 def test_a_server_that_accepts_and_says_nothing_runs_into_the_deadline(running, waiting, outcomes):
     with socket.create_server(("127.0.0.1", 0)) as server:
         known = waiting(f"http:{server.getsockname()[1]}/", timeout_s=0.5)
