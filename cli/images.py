@@ -9,7 +9,7 @@ from cli import lines, parse, render
 from cli.client import Client
 from cli.image_hosts import Errors, ask, choose, tell
 from cli.output import errors_for_humans, print_json, print_json_rows, say
-from worker.errors import BadInput
+from worker.errors import BadInput, SandbatchError
 from worker.image_ref import ImageRef, absolute, parse_image
 from worker.image_store import PREFIX
 from worker.limits import rough
@@ -17,7 +17,9 @@ from worker.settings import load_settings
 
 app = typer.Typer()
 image = typer.Typer(
-    no_args_is_help=True, help="The images of the hosts: ls, rm, prune. To have one pulled: sandbatch pull."
+    no_args_is_help=True,
+    help="The images of the hosts. To have one pulled: sandbatch pull.",
+    epilog="Example: sandbatch image prune --older-than 7d",
 )
 app.add_typer(image, name="image")
 
@@ -71,7 +73,8 @@ def image_rm(
                 continue
             asked = {row["host"]: {"digest": row["digest"]} for row in found}
             removed, refused = ask(client.settings, "image-rm", asked)
-            tell(refused)
+            # The host was asked by the digest; he who reads it has another name for it.
+            tell({name: _of(text, error) for name, error in refused.items()})
             is_lacking |= bool(refused)
             gone += _rows({name: answer["images"] for name, answer in removed.items()})
         _tell_freed(gone, as_json)
@@ -95,8 +98,15 @@ def image_prune(
         hosts, errors = choose(client, host, "image prune")
         fields = {"older_than_s": older_than_s}
         answers, silent = ask(client.settings, "image-prune", dict.fromkeys(hosts, fields))
-        _tell_freed(_rows({name: answer["images"] for name, answer in answers.items()}), as_json)
+        gone = _rows({name: answer["images"] for name, answer in answers.items()})
+        _tell_freed(gone, as_json)
+        if not gone and answers:
+            say("there is nothing to remove")
         _end(errors | silent)
+
+
+def _of(text: str, error: SandbatchError) -> SandbatchError:
+    return SandbatchError(f"image {text}", error.why, error.todo) if isinstance(error, BadInput) else error
 
 
 def _list(host: str | None, *, quiet: bool, as_json: bool) -> None:
@@ -183,7 +193,8 @@ def _tell_freed(gone: Rows, as_json: bool) -> None:
         for row in gone:
             print(f"{row['host']} {row['digest']}")
     count, size = len(gone), sum(row["size_bytes"] for row in gone)
-    say(f"{count} image{'' if count == 1 else 's'} removed, {rough(size)} freed" if gone else "none removed")
+    if gone:
+        say(f"{count} image{'' if count == 1 else 's'} removed, {rough(size)} freed")
 
 
 def _where(host: str | None) -> str:

@@ -3,6 +3,8 @@
 import asyncio
 import json
 import os
+import pty
+import re
 import signal
 import subprocess
 import sys
@@ -199,7 +201,8 @@ def test_an_image_in_use_stays_and_its_users_are_named(cli, host):
     uses(store, A)
     done = cli("image", "rm", "busybox:1", "b" * 8)
     assert (done.returncode, done.stdout) == (1, f"h1 {B}\n")
-    assert f"is in use by {USER}; end these sandboxes first" in done.stderr
+    words = f"host h1: image busybox:1: is in use by {USER}; end these sandboxes first"
+    assert f"sandbatch: {words}\n" in done.stderr
     assert store.find(A) is not None
 
 
@@ -232,7 +235,7 @@ def test_prune_takes_what_nobody_uses_nor_has_for_so_long(cli, host):
     assert (row["host"], row["digest"]) == ("h1", B)
     assert cli("image", "prune", "--host", "h1").stdout == f"h1 {C}\n"
     done = cli("image", "prune")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "none removed\n")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "there is nothing to remove\n")
     assert [one.digest for one in store.all()] == [A]
 
 
@@ -244,10 +247,9 @@ def pulling(cli) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
     """`sandbatch pull` as a process of its own."""
     made: list[subprocess.Popen[str]] = []
 
-    def start(*args: str) -> "subprocess.Popen[str]":
-        argv = [sys.executable, "-m", "cli", "pull", *args]
-        pipe = subprocess.PIPE
-        made.append(subprocess.Popen(argv, stdout=pipe, stderr=pipe, text=True, env=cli.environment))
+    def start(*args: str, stderr: int = subprocess.PIPE) -> "subprocess.Popen[str]":
+        argv, env = [sys.executable, "-m", "cli", "pull", *args], {**cli.environment, "COLUMNS": "120"}
+        made.append(subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=stderr, text=True, env=env))
         return made[-1]
 
     yield start
@@ -288,6 +290,28 @@ def test_pull_shows_how_it_goes_on_and_prints_a_digest_for_each_host(pulling, re
     assert (process.returncode, out) == (1, f"h1 {A}\n")
     assert "sandbatch: host h2: image busybox:1: denied; log in" in rest
     assert record.orders_on("drained") == []
+
+
+def test_on_a_terminal_a_line_is_redrawn_with_the_rate(pulling, record, heartbeat):
+    heartbeat(kinds=[*KINDS, "spec/v3"])
+    ours, theirs = pty.openpty()
+    process = pulling("busybox:1", stderr=theirs)
+    os.close(theirs)
+    order = orders(record, "here")["here"]["id"]
+    said, done = "", 0
+    while not re.search(rf"here: pulling {BUSYBOX}, [0-9.]+m of 1\.0g, [0-9.]+m/s", said):
+        done += 10 * 2**20  # until it has seen enough for a rate
+        record.tell_order(
+            order, state="pulling", phase="pulling", done_bytes=done, total_bytes=2**30, tries=1
+        )
+        said += os.read(ours, 65536).decode(errors="replace")
+        time.sleep(0.1)
+    record.tell_order(order, state="done", digest=A, phase="")
+    while f"here: done, {'a' * 12}" not in said:
+        said += os.read(ours, 65536).decode(errors="replace")
+    assert process.stdout is not None
+    assert process.stdout.read() == f"here {A}\n"
+    os.close(ours)
 
 
 def test_the_only_host_need_not_be_named(pulling, record, heartbeat):
