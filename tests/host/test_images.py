@@ -138,6 +138,21 @@ def test_ten_of_one_image_share_a_pull_and_hold_no_slot_meanwhile(images: Images
     assert (stage["do|undo"], stage["state"]) == ("do", "done")
 
 
+def test_ls_and_show_say_what_a_sandbox_waits_for(images: Images):
+    images.skopeo.hold.touch()
+    image = images.make()
+    ids = images.launch(image, 2)
+    words, system = f"resolving {image}", images.system
+    system.wait_until(lambda: system.cli("ls").stdout.count(words) == 2, SOON_S, "a word of the pull")
+    assert words in system.cli("show", ids[0]).stdout
+    pull = system.show(ids[0])["pull"]
+    assert (pull["reference"], pull["phase"], pull["waiters"]) == (image, "resolving", 2)
+    images.skopeo.hold.unlink()
+    images.wait_until_running(ids)
+    assert system.show(ids[0])["pull"] is None
+    assert words not in system.cli("ls").stdout
+
+
 def test_a_pull_that_nobody_waits_for_any_more_is_ended(images: Images):
     """And the next sandbox of that image has a pull of its own."""
     images.skopeo.hold.touch()
