@@ -10,6 +10,7 @@ that any process of the host passes it (1 unless given), once, also across resta
 | `journal.EVENT[.STAGE]` | each write of a journal |
 | `netns.create`, `netns.delete`, `netns.inside` | netlink |
 | `cni.PLUGIN.VERB`, `runsc.VERB`, `conmon.create`, other programs by name | the process runner |
+| `skopeo.inspect`, `skopeo.copy`, `umoci.unpack`, `image.put` | each pull of an image |
 | `message.TASK.publish`, `message.TASK.run` | each message of the broker |
 
 Each with `.before` or `.after` behind it.
