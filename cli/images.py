@@ -71,7 +71,9 @@ def image_rm(
                 is_lacking = True
                 say(f"sandbatch: image {text}: is not on {_where(host)}; see sandbatch images")
                 continue
-            asked = {row["host"]: {"digest": row["digest"]} for row in found}
+            known = {(row["host"], row["digest"]) for row in gone}  # by another of its names
+            rest = [row for row in found if (row["host"], row["digest"]) not in known]
+            asked = {row["host"]: {"digest": row["digest"]} for row in rest}
             removed, refused = ask(client.settings, "image-rm", asked)
             # The host was asked by the digest; he who reads it has another name for it.
             tell({name: _of(text, error) for name, error in refused.items()})

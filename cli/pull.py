@@ -95,6 +95,8 @@ def _hosts(client: Client, host: str | None, *, all_hosts: bool) -> tuple[list[s
     if all_hosts and drained:
         say(f"drained, so left out: {', '.join(sorted(drained))}")
         names = [name for name in names if name not in drained]
+    if not names and not errors:
+        raise SandbatchError("pull", "all hosts that are up are drained", "see sandbatch resume, or --host")
     return names, errors
 
 

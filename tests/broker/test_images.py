@@ -53,7 +53,7 @@ def host(broker, client, heartbeat, tmp_path) -> Iterator[Callable[..., ImageSto
 
     def start(name: str = "h1") -> ImageStore:
         settings = broker.model_copy(update={"host": name, "state_dir": tmp_path / name})
-        heartbeat(name, kinds=[*KINDS, "spec/v3"])
+        heartbeat(name, kinds=KINDS)
         made.append(CallService(settings, lambda: Handlers(settings)))
         made[-1].start()
         return ImageStore(settings)
@@ -113,7 +113,7 @@ def test_images_of_all_hosts_are_listed_the_last_used_first(cli, host):
 def test_a_host_that_does_not_answer_is_named_and_the_rest_is_shown(cli, host, heartbeat, monkeypatch):
     monkeypatch.setattr("tasks.caller.STALE_S", 1.0)
     put(host("h1"), A)
-    heartbeat("h2", kinds=[*KINDS, "spec/v3"])  # it lives, and its thread for calls does not
+    heartbeat("h2", kinds=KINDS)  # it lives, and its thread for calls does not
     heartbeat("h3", version="0.2.0", kinds=KINDS[:2])
     done = cli("images", "-q")
     assert (done.returncode, done.stdout) == (1, f"{A}\n")
@@ -154,9 +154,9 @@ def test_who_uses_what_may_be_unknown(cli, host):
     ],
 )
 def test_misuse_is_one_line_and_nothing_is_done(cli, heartbeat, record, client, args, words):
-    heartbeat(kinds=[*KINDS, "spec/v3"])
+    heartbeat(kinds=KINDS)
     heartbeat("old", kinds=KINDS[:2])
-    heartbeat("gone", kinds=[*KINDS, "spec/v3"])
+    heartbeat("gone", kinds=KINDS)
     record.leave("gone")
     done = cli(*args)
     assert (done.returncode, done.stdout) == (2, "")
@@ -204,6 +204,12 @@ def test_an_image_in_use_stays_and_its_users_are_named(cli, host):
     words = f"host h1: image busybox:1: is in use by {USER}; end these sandboxes first"
     assert f"sandbatch: {words}\n" in done.stderr
     assert store.find(A) is not None
+
+
+def test_two_names_of_one_image_remove_it_once(cli, host):
+    put(host(), A, "busybox:1", "busybox:2")
+    done = cli("image", "rm", "busybox:1", "busybox:2", "a" * 6)
+    assert (done.returncode, done.stdout) == (0, f"h1 {A}\n")
 
 
 def test_what_no_host_has_is_said_and_is_no_success(cli, host):
@@ -271,7 +277,7 @@ def orders(record, *hosts: str) -> dict[str, dict[str, Any]]:
 
 def test_pull_shows_how_it_goes_on_and_prints_a_digest_for_each_host(pulling, record, heartbeat):
     for name in ("h1", "h2", "drained"):
-        heartbeat(name, kinds=[*KINDS, "spec/v3"])
+        heartbeat(name, kinds=KINDS)
     record.drain("drained", True)
     process = pulling("busybox:1", "--all-hosts")
     found = orders(record, "h1", "h2")
@@ -292,8 +298,17 @@ def test_pull_shows_how_it_goes_on_and_prints_a_digest_for_each_host(pulling, re
     assert record.orders_on("drained") == []
 
 
+def test_hosts_that_are_all_drained_warm_nothing(cli, record, heartbeat):
+    heartbeat(kinds=KINDS)
+    record.drain("here", True)
+    done = cli("pull", "busybox", "--all-hosts")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "all hosts that are up are drained" in done.stderr
+    assert record.orders_on("here") == []
+
+
 def test_on_a_terminal_a_line_is_redrawn_with_the_rate(pulling, record, heartbeat):
-    heartbeat(kinds=[*KINDS, "spec/v3"])
+    heartbeat(kinds=KINDS)
     ours, theirs = pty.openpty()
     process = pulling("busybox:1", stderr=theirs)
     os.close(theirs)
@@ -315,7 +330,7 @@ def test_on_a_terminal_a_line_is_redrawn_with_the_rate(pulling, record, heartbea
 
 
 def test_the_only_host_need_not_be_named(pulling, record, heartbeat):
-    heartbeat(kinds=[*KINDS, "spec/v3"])
+    heartbeat(kinds=KINDS)
     process = pulling("oci:./layout:v1", "--pull", "missing", "--json")
     order = orders(record, "here")["here"]
     assert (order["reference"], order["policy"]) == (f"oci:{Path.cwd()}/layout:v1", "missing")
@@ -326,7 +341,7 @@ def test_the_only_host_need_not_be_named(pulling, record, heartbeat):
 
 
 def test_ctrl_c_leaves_the_pull_going(pulling, record, heartbeat):
-    heartbeat(kinds=[*KINDS, "spec/v3"])
+    heartbeat(kinds=KINDS)
     process = pulling("busybox:1")
     order = orders(record, "here")["here"]
     assert process.stderr is not None
@@ -339,7 +354,7 @@ def test_ctrl_c_leaves_the_pull_going(pulling, record, heartbeat):
 
 
 def test_a_host_that_stops_meanwhile_is_named_and_waited_for(pulling, record, heartbeat):
-    heartbeat(kinds=[*KINDS, "spec/v3"])
+    heartbeat(kinds=KINDS)
     process = pulling("busybox:1")
     order = orders(record, "here")["here"]
     record.leave("here")
@@ -357,7 +372,7 @@ def test_a_host_that_stops_meanwhile_is_named_and_waited_for(pulling, record, he
 
 
 def test_ls_and_show_say_how_far_the_pull_is_that_a_sandbox_waits_for(cli, record, heartbeat, monkeypatch):
-    heartbeat(kinds=[*KINDS, "spec/v3"])
+    heartbeat(kinds=KINDS)
     record.enqueue("b-1", [(USER, make_spec(args=["true"]))])
     record.put(USER, State.PLACED, 1, {"host": "here"}, only_from=State.QUEUED)
     record.put(USER, State.LAUNCHING, 1, {"stage": "image"})
