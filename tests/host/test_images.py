@@ -18,7 +18,7 @@ from tests.images.make import Layout, busybox
 from worker.settings import Settings
 from worker.spec import make_spec
 
-SOON_S = 20.0
+SOON_S = 40.0
 
 # In the place of a program: it notes its call, and while there is a file HOLD it waits.
 DOUBLE = """#!/bin/sh
@@ -88,14 +88,17 @@ class Images:
         folder = self.system.folder / "state" / "images"
         return [path.name for path in folder.glob(f"{start}*")] if folder.is_dir() else []
 
-    def wait_at(self, ids: list[str], stage: str) -> None:
-        self.system.wait_until(
-            lambda: {self.system.ls()[one]["stage"] for one in ids} == {stage}, SOON_S, f"stage {stage}"
-        )
+    def wait_for(self, ids: list[str], field: str, value: str) -> None:
+        """Wait until all have it in their records."""
+        with self.system.record() as record:
+            self.system.wait_until(
+                lambda: [row[field] for row in record.get_all(ids)] == [value] * len(ids),
+                SOON_S,
+                f"{field} {value}",
+            )
 
     def wait_until_running(self, ids: list[str]) -> None:
-        states = self.system.wait(ids, "running", 60)
-        assert states == dict.fromkeys(ids, "running"), self.system.log()
+        self.wait_for(ids, "state", "running")
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +131,7 @@ def test_ten_of_one_image_share_a_pull_and_hold_no_slot_meanwhile(images: Images
     """A launch of something else goes by; then no more begin at a time than there are slots."""
     images.skopeo.hold.touch()
     ids = images.launch(images.make(), 10)
-    images.wait_at(ids, "image")
+    images.wait_for(ids, "stage", "image")
     other = images.launch(None)
     images.wait_until_running(other)
     images.skopeo.hold.unlink()
@@ -168,17 +171,17 @@ def test_a_pull_that_nobody_waits_for_any_more_is_ended(images: Images):
 
 
 def test_a_sandbox_that_is_started_anew_keeps_its_image_though_the_tag_has_moved(images: Images):
-    program = ["/bin/sh", "-c", "cat /number; sleep 0.3; exit 1"]
+    program = ["/bin/sh", "-c", "cat /number; sleep 1; exit 1"]
     image = images.make("moving")
     (one,) = images.launch(image, args=program, restart="on-failure:1", pull="always")
     system = images.system
-    system.wait_until(lambda: system.show(one)["running_at"], SOON_S, "its first run")
+    images.wait_until_running([one])
     images.make("moving")
-    assert system.wait([one], "terminal", 30) == {one: "exited"}
+    images.wait_for([one], "state", "exited")
     assert system.show(one)["restarts"] == 1
     assert len(set(system.cli("logs", one).stdout.split())) == 1
     (later,) = images.launch(image, args=program, pull="always")
-    system.wait([later], "terminal", 30)
+    images.wait_for([later], "state", "exited")
     assert system.cli("logs", later).stdout.split() != system.cli("logs", one).stdout.split()[:1]
 
 
@@ -187,7 +190,7 @@ def test_an_image_that_cannot_be_had_fails_its_sandbox_in_words(images: Images):
     (absent,) = images.launch(image + "-absent")
     (never,) = images.launch(image, pull="never")
     system = images.system
-    assert set(system.wait([absent, never], "terminal", 30).values()) == {"failed"}
+    images.wait_for([absent, never], "state", "failed")
     error = system.show(absent)["error"]
     assert error["stage"] == "image"
     assert "absent" in error["message"]
@@ -219,11 +222,10 @@ def test_a_broker_that_loses_all_during_a_pull_hears_it_again(images: Images):
     images.skopeo.hold.touch()
     image = images.make()
     ids = images.launch(image, 3)
-    images.wait_at(ids, "image")
+    images.wait_for(ids, "stage", "image")
     with images.system.record() as record:
         record.client.flushall()
         images.skopeo.hold.unlink()
-        images.system.wait_until(lambda: set(ids) <= images.system.ls().keys(), SOON_S, "their records")
         images.wait_until_running(ids)
-        batch = images.system.show(ids[0])["batch"]
+        batch = record.get(ids[0])["batch"]
         assert record.pinned(batch, image) is not None
