@@ -14,6 +14,7 @@ from worker.errors import RunscError
 from worker.journal import Journal, now, seconds, stamp
 from worker.launch import want_end
 from worker.settings import Settings
+from worker.spec import OF_IMAGE
 from worker.stages import Host, cgroup_of
 
 log = logging.getLogger("sandbatch")
@@ -149,7 +150,14 @@ def _unready(known: Journal, code: int | None, oom: bool) -> str:
     if oom and code != 0:
         return f"{limits.oom_words(known.spec)}, before it was ready"
     how = "was killed from outside" if code is None else f"ended with exit code {code}"
-    return f"it {how} before it was ready{last_words(known)}"
+    return f"it {how} before it was ready{probe_source(known)}{last_words(known)}"
+
+
+def probe_source(known: Journal) -> str:
+    """Whence the probe is, to be put behind its failure; empty where somebody asked for it."""
+    if known.asked.ready != OF_IMAGE or known.spec.ready == "none":
+        return ""
+    return " (a port that the image exposes; --ready none asks for none)"
 
 
 def last_words(known: Journal) -> str:

@@ -138,4 +138,6 @@ class Guard:
 
 
 def _left(free_bytes: int) -> str:
-    return f"{in_words(free_bytes)} are left on the disk, of which {in_words(KEEP_FREE_BYTES)} stay free"
+    return (
+        f"{in_words(free_bytes)} are left on the disk, and {in_words(KEEP_FREE_BYTES)} of it must stay free"
+    )

@@ -26,7 +26,7 @@ from worker.errors import JournalError, SandbatchError
 from worker.journal import Journal
 from worker.prober import until_ready
 from worker.settings import Settings
-from worker.spec import CONTAINER_ID, OF_IMAGE
+from worker.spec import CONTAINER_ID
 from worker.stages import Host
 
 log = logging.getLogger("sandbatch")
@@ -260,18 +260,13 @@ class Keeper:
                 outcome, detail = "answered", await until_ready(known)
         except TimeoutError:
             outcome = "deadline"
-            detail = f"no answer to {_probe(known)} within {known.spec.ready_timeout_s:g} s"
+            probe = f"{known.spec.ready}{ends.probe_source(known)}"
+            detail = f"no answer to {probe} within {known.spec.ready_timeout_s:g} s"
         except Exception as error:  # noqa: BLE001 - whatever it is, somebody waits for an outcome
             outcome, detail = "failed", f"it cannot be probed: {error}"
         if outcome != "answered":
             detail += ends.last_words(known)
         self._say(self._tell.ready, known.container_id, known.attempt, outcome, detail)
-
-
-def _probe(known: Journal) -> str:
-    """Where nobody asked for the probe, whence it is."""
-    source = " (a port that the image exposes; --ready none asks for none)"
-    return known.spec.ready + (source if known.asked.ready == OF_IMAGE else "")
 
 
 def _begun_at(known: Journal) -> float:

@@ -443,7 +443,7 @@ def small_disk(puller: Puller) -> Iterator[Path]:
 
 def test_a_disk_almost_full_takes_no_image(registry: Registry, puller: Puller, small_disk: Path) -> None:
     """What launches need stays free."""
-    with pytest.raises(ImageError, match=r"of which 192m stay free; free some on the host"):
+    with pytest.raises(ImageError, match=r"and 192m of it must stay free; free some on the host"):
         puller(registry.name())
 
 

@@ -115,6 +115,16 @@ def test_one_that_was_to_answer_and_ended_first_has_failed(settings, running):
     }
 
 
+def test_a_port_that_the_image_exposes_says_whence_it_is_where_the_program_serves_nobody(settings, running):
+    """Of `run --image WEB -- cat FILE` nobody asked for a probe: its error says how to have none."""
+    known = running(is_ready=False, image="app", network="net")
+    known.mark_begun("image")
+    known.mark_done("image", {"digest": "sha256:0", "labels": {}, "spec": {"ready": "tcp:80"}})
+    assert ended(settings, known, 0)
+    words = "before it was ready (a port that the image exposes; --ready none asks for none)"
+    assert words in known.facts["error"]["message"]
+
+
 def test_one_without_an_exit_code_was_killed_from_outside(settings, running):
     known = running()
     assert ended(settings, known, None)
