@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from tests.host.conftest import SUBNETS
 from tests.host.machine import difference, snapshot
 from tests.host.system import System
 from tests.images.make import Layout, busybox
+from worker import journal as journals
 from worker.settings import Settings
 from worker.spec import make_spec
 
@@ -157,14 +159,18 @@ def test_ls_and_show_say_what_a_sandbox_waits_for(images: Images):
 
 
 def test_a_pull_that_nobody_waits_for_any_more_is_ended(images: Images):
-    """And the next sandbox of that image has a pull of its own."""
+    """Whether it was removed, or its deadline has passed; the next sandbox of that image has its own pull."""
     images.skopeo.hold.touch()
     image = images.make()
-    first, second = images.launch(image, 2)
+    (first,) = images.launch(image)
+    in_4_s = journals.stamp(time.time() + 4)
+    (second,) = images.launch(image, deadline_at=in_4_s)
     images.system.wait_until(images.skopeo.calls, SOON_S, "a pull")
     images.system.cli("rm", first)
     assert images.in_store(".pulling")
-    images.system.cli("rm", second)
+    images.wait_for([second], "state", "failed")
+    error = images.system.show(second)["error"]
+    assert error == {"stage": "image", "message": f"its deadline, {in_4_s}, has passed"}
     images.system.wait_until(lambda: not images.in_store(".pulling"), SOON_S, "the end of the pull")
     images.skopeo.hold.unlink()
     images.wait_until_running(images.launch(image))
@@ -198,14 +204,22 @@ def test_an_image_that_cannot_be_had_fails_its_sandbox_in_words(images: Images):
 
 
 def test_a_worker_that_is_killed_over_a_pull_leaves_nothing_and_the_next_begins_anew(images: Images):
-    """Over skopeo and over umoci, for sandboxes and for an order, after which nothing is pulled again."""
+    """Over skopeo and over umoci, for sandboxes and for an order, after which nothing is pulled again.
+
+    So does one that is stopped, which need not be waited for.
+    """
     system = images.system
-    for double, verb in ((images.skopeo, " inspect "), (images.umoci, " unpack ")):
+    resolving, unpacking = (images.skopeo, " inspect "), (images.umoci, " unpack ")
+    for (double, verb), is_killed in ((resolving, True), (unpacking, True), (resolving, False)):
         double.hold.touch()
         image = images.make()
         ids, orders = images.launch(image, 2), images.order(image)
         system.wait_until(lambda: double.calls(verb), SOON_S, "a pull")  # noqa: B023 - it is called at once
-        system.kill_worker()
+        if is_killed:
+            system.kill_worker()
+        else:
+            system.stop()
+            assert images.in_store(".pulling") == []
         double.hold.unlink()
         system.start()
         images.wait_until_running(ids)
