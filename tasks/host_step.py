@@ -12,7 +12,7 @@ import redis
 from celery import bootsteps
 from kombu.exceptions import KombuError
 
-from tasks import drains, workflow
+from tasks import drains, image_steps, workflow
 from tasks.app import settings
 from tasks.connection import connect
 from tasks.foreign import foreign
@@ -61,7 +61,7 @@ class HostStep(bootsteps.StartStopStep):
             drains.settle(puller_record, self._settings)
             return {**offer(self._settings), "owner": self._owner, "life": self._told_life}
 
-        self._puller = Puller(workflow.app, puller_record, self._settings, have, workflow.go_on)
+        self._puller = Puller(workflow.app, puller_record, self._settings, have, image_steps.go_on)
         self._pull_messages = PullMessages(self._settings, Record(connect(self._settings, patient=True)))
         self._fetcher = Fetcher(self._settings, self._pull_messages)
         self._fetcher.start()
@@ -168,7 +168,7 @@ class HostStep(bootsteps.StartStopStep):
                 if known.final:
                     workflow.forget(known)
         if due.admit:
-            workflow.admit([known.container_id for known in due.admit])
+            image_steps.admit([known.container_id for known in due.admit])
         self._fetcher.look_again()
         for order in self._record.orders_on(self._settings.host):
             self._fetcher.look(order["id"])

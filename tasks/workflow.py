@@ -22,28 +22,22 @@ from kombu.exceptions import KombuError
 
 from tasks.app import make_app, options, settings
 from tasks.connection import connect
-from tasks.messages import Order, read_order, read_pull_order
+from tasks.messages import Order, read_order
 from tasks.record import Record
 from tasks.scripts import BROKEN
 from tasks.state import State
 from tasks.submit import cancel
 from worker import conmon, ends, fetcher, logs, procs
 from worker import journal as journals
-from worker.errors import BadInput, Busy, ImageError, JournalError, SandbatchError
-from worker.image_ref import parse_image
-from worker.image_store import ImageStore
+from worker.errors import BadInput, Busy, JournalError, SandbatchError
 from worker.journal import Journal
 from worker.keeper import hand_over
 from worker.launch import (
-    begin_pull,
     begin_waiting,
-    end_pull,
     end_waiting,
     finish,
-    refuse_image,
     run_stage,
     undo_stage,
-    use_image,
     want_end,
     with_host_limits,
 )
@@ -56,7 +50,6 @@ log = logging.getLogger("sandbatch")
 MAX_TRIES, MAX_TRYING_S = 5, 60.0  # of one stage or undo whose error can pass
 BUSY_WAIT_S = 2.0  # a twin of a message ends within the time of one stage
 MAX_BUSY_TRIES = 60
-ADMITTED_S = 10.0  # the message of a launch that goes on is on its way for so long
 TASK_STAGES = tuple(stage.name for stage in STAGES if stage.name != "ready")  # a probe is no task
 LAST = "container"  # after it the keeper waits
 
@@ -141,7 +134,7 @@ def place(self: "Task[Any, Any]", message: dict[str, Any]) -> dict[str, str]:
     except JournalError:
         raise Ignore from None  # set aside: the sweep tells the record
     except Busy as error:
-        raise _again(self, order, error) from error
+        raise again(self, order, error) from error
     try:
         with journals.locked(sandboxes, order.container_id, wait_s=BUSY_WAIT_S) as journal:
             # An `rm` between take and journal found nothing to undo here: only this look sees it.
@@ -170,13 +163,13 @@ def _stage_task(name: str) -> None:
     def do_stage(self: "Task[Any, Any]", message: dict[str, Any]) -> None:
         order = read_order(message)
         try:
-            with _journal(order) as journal:
+            with journal_of(order) as journal:
                 if not run_stage(this_host(), journal, name):
-                    _skip(journal, name)
+                    skip(journal, name)
                 elif name == LAST:
                     begin_waiting(journal)
         except SandbatchError as error:
-            raise _again(self, order, error) from error
+            raise again(self, order, error) from error
         report(journal)
         if name == LAST:
             hand_over(settings(), order.container_id)
@@ -189,14 +182,14 @@ def _undo_task(name: str) -> None:
     def undo(self: "Task[Any, Any]", message: dict[str, Any]) -> None:
         order = read_order(message)
         try:
-            with _journal(order) as journal:
+            with journal_of(order) as journal:
                 if not journal.is_unwinding:
                     raise Ignore  # of an attempt to end it that never was: undo needs the intent
                 undo_stage(this_host(), journal, STAGE[name])
                 _finish_if_empty(journal)
         except SandbatchError as error:
             try:
-                raise _again(self, order, error) from error
+                raise again(self, order, error) from error
             except SandbatchError:
                 _mark_stuck(order, name, error)
                 raise
@@ -208,114 +201,9 @@ def _undo_task(name: str) -> None:
 
 
 for _name in TASK_STAGES:
-    if _name != "image":
+    if _name != "image":  # of which the task is in tasks.image_steps
         _stage_task(_name)
     _undo_task(_name)
-
-
-@app.task(name="sandbatch.image", bind=True, max_retries=None)
-def image(self: "Task[Any, Any]", message: dict[str, Any], is_admitted: bool = False) -> None:
-    """Do stage image if the image is here; else the fetcher gets it, and the launch goes on after that.
-
-    It then begins anew with this stage, `is_admitted`, once the host's puller has a slot for it.
-    """
-    order = read_order(message)
-    try:
-        with _journal(order) as journal:
-            if journal.is_unwinding:
-                raise Ignore
-            is_waiting = journal.waits_for_image and not journal.is_stale
-            if journal.is_done("image") and not journal.is_stale:
-                _skip(journal, "image")
-            elif not is_waiting or is_admitted:  # else a twin: what waits, waits
-                is_waiting = not _have_image(journal)
-    except (redis.ConnectionError, redis.TimeoutError) as error:
-        raise Reject(error, requeue=True) from error
-    except SandbatchError as error:
-        raise _again(self, order, error) from error
-    report(journal)
-    if is_waiting:
-        fetcher.hand_over(settings(), order.container_id)
-        raise Ignore
-
-
-def _have_image(journal: Journal) -> bool:
-    """Use the image; False if it is to be fetched, as the journal says."""
-    store, asked = ImageStore(settings()), journal.asked
-    digest = _digest_for(journal, store)
-    is_here = digest is not None and store.find(digest) is not None
-    if is_here and digest is not None:
-        try:
-            use_image(this_host(), journal, digest)
-            return True
-        except ImageError:
-            if store.find(digest) is not None:
-                raise  # else it was removed between the look and the use
-    if asked.pull == "never":
-        todo = f"pull it first: sandbatch pull {asked.image} --host {settings().host}"
-        error = ImageError(f"image {asked.image}", "is not on this host, and is never to be pulled", todo)
-        refuse_image(this_host(), journal, error)
-        raise error
-    begin_pull(this_host(), journal, digest, is_gone=is_here or bool(journal.facts.get("fetched")))
-    return False
-
-
-def _digest_for(journal: Journal, store: ImageStore) -> str | None:
-    """The digest that a sandbox is to run; None if the reference is still to be resolved.
-
-    A sandbox keeps its digest, and its batch has one for all. The first host of a batch may take what it
-    has, unless the registry is always to be asked.
-    """
-    asked = journal.asked
-    if journal.facts.get("image_digest"):
-        return str(journal.facts["image_digest"])
-    ref = parse_image(str(asked.image))
-    if ref.digest:
-        return ref.digest
-    digest = record().pinned(journal.batch, str(ref))
-    if digest is None and asked.pull != "always":
-        found = store.lookup(ref)
-        digest = record().pin(journal.batch, str(ref), found) if found else None
-    return digest
-
-
-@app.task(name="sandbatch.fetched", bind=True, max_retries=None)
-def fetched(self: "Task[Any, Any]", message: dict[str, Any], outcome: str, detail: str, digest: str) -> None:
-    """Note how a pull ended: the launch goes on once the puller has a slot for it, or has failed."""
-    order = read_order(message)
-    try:
-        with _journal(order) as journal:
-            if not end_pull(journal, outcome, detail, digest):
-                raise Ignore
-    except Busy as error:
-        raise _again(self, order, error) from error
-    if report(journal):
-        admit([order.container_id])
-
-
-def admit(ids: list[str]) -> None:
-    """Line up launches whose image is here; reconcile does it again for what the broker has not heard."""
-    try:
-        record().admit(settings().host, ids, ADMITTED_S)
-    except (redis.RedisError, OSError) as error:
-        log.warning("launches wait, their images are here: %s", error)
-
-
-def go_on(container_id: str, attempt: int) -> None:
-    """Publish the stages of a launch that has waited for its image, and has a slot now."""
-    try:
-        known = journals.read(settings().sandboxes_dir / container_id)
-    except JournalError:
-        return  # it has ended meanwhile, which frees its slot
-    if known.attempt == attempt and known.waits_for_image:
-        order = Order(container_id=container_id, attempt=attempt)
-        launch_chain(order, known.spec, is_admitted=True).apply_async()
-
-
-@app.task(name="sandbatch.pull", read=staticmethod(read_pull_order))
-def pull(message: dict[str, Any]) -> None:
-    """Have the fetcher look at an order of `sandbatch pull`; what it asks for is in the record."""
-    fetcher.hand_over(settings(), read_pull_order(message).pull_id)
 
 
 @app.task(name="sandbatch.ready", bind=True, max_retries=None)
@@ -323,11 +211,11 @@ def ready(self: "Task[Any, Any]", message: dict[str, Any], outcome: str, detail:
     """Note what the keeper saw: the sandbox is running, or failed."""
     order = read_order(message)
     try:
-        with _journal(order) as journal:
+        with journal_of(order) as journal:
             if end_waiting(journal, outcome, detail) and "running_at" not in journal.facts:
                 journal.set_facts(running_at=journals.now())
     except Busy as error:
-        raise _again(self, order, error) from error
+        raise again(self, order, error) from error
     report(journal)
     if journal.spec.ttl_s is not None:
         hand_over(settings(), order.container_id)
@@ -338,13 +226,13 @@ def ended(self: "Task[Any, Any]", message: dict[str, Any]) -> None:
     """Note that the program has ended: the restart policy follows, or the undos."""
     order = read_order(message)
     try:
-        with _journal(order) as journal:
+        with journal_of(order) as journal:
             if not ends.note_end(settings(), journal, is_alive=_is_alive(order.container_id)):
                 raise Ignore  # a twin of this message has noted it
             if journal.is_unwinding:
                 _begin_undo(journal)
     except Busy as error:
-        raise _again(self, order, error) from error
+        raise again(self, order, error) from error
     _tell_end(journal)
     if not journal.is_unwinding:
         hand_over(settings(), order.container_id)  # the keeper has the clock of its next start
@@ -355,7 +243,7 @@ def restart(self: "Task[Any, Any]", message: dict[str, Any]) -> None:
     """Begin a sandbox anew: the first stage undoes what its last run holds, the network gets a new ADD."""
     order = read_order(message)
     try:
-        with _journal(order) as journal:
+        with journal_of(order) as journal:
             if journal.is_unwinding or not journal.facts.get("restart_at"):
                 raise Ignore
             order = Order(container_id=order.container_id, attempt=journal.attempt + 1)
@@ -363,7 +251,7 @@ def restart(self: "Task[Any, Any]", message: dict[str, Any]) -> None:
             journal.set_facts(restart_at=None)
             launch_chain(order, journal.spec).apply_async()
     except Busy as error:
-        raise _again(self, order, error) from error
+        raise again(self, order, error) from error
     report(journal)
 
 
@@ -384,7 +272,7 @@ def stop(self: "Task[Any, Any]", message: dict[str, Any], reason: str, grace_s: 
         _end_without_journal(order, State.CANCELLED)
         raise Ignore from None
     except Busy as error:
-        raise _again(self, order, error) from error
+        raise again(self, order, error) from error
     _tell_end(journal)
     hand_over(settings(), order.container_id)
 
@@ -418,14 +306,14 @@ def unwind(
         _end_without_journal(order, final)
         raise Ignore from None
     except Busy as error:
-        raise _again(self, order, error) from error
+        raise again(self, order, error) from error
     _tell_end(journal)
 
 
 # -- what the tasks share --------------------------------------------------------------------------
 
 
-def _journal(order: Order) -> Any:
+def journal_of(order: Order) -> Any:
     """The journal under its lock; `Ignore` for an attempt that is over or a sandbox that has ended."""
     return _Fenced(order)
 
@@ -469,7 +357,7 @@ def _is_alive(container_id: str) -> bool:
     return bool(procs.whole(procs.processes_of(settings().runsc_root, container_id)))
 
 
-def _skip(journal: Journal, name: str) -> None:
+def skip(journal: Journal, name: str) -> None:
     """A stage that had nothing to do: go on with the chain only if the next stage has not begun."""
     names = [stage.name for stage in stages_of(journal.spec)]
     following = names[names.index(name) + 1]
@@ -477,7 +365,7 @@ def _skip(journal: Journal, name: str) -> None:
         raise Ignore
 
 
-def _again(task: "Task[Any, Any]", order: Order, error: SandbatchError) -> BaseException:
+def again(task: "Task[Any, Any]", order: Order, error: SandbatchError) -> BaseException:
     """Retry with backoff and jitter where the error can pass, within both limits; else the error itself."""
     tries = task.request.retries or 0
     first_at = float((task.request.headers or {}).get("first_at") or time.time())
