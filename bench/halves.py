@@ -24,12 +24,11 @@ from worker.prober import until_ready
 from worker.process import last_words
 from worker.settings import Settings
 from worker.spec import Spec, make_spec, new_container_id
-from worker.stages import STAGES, Host
+from worker.stages import Host, stages_of
 
 PORT = 8000
 START_S, STEP_S, STOP_S = 60.0, 120.0, 90.0
 LOOK_S = 2.0  # the longest sleep in a wait for events, so that a broken worker is noticed
-WORKS = tuple(stage for stage in STAGES if stage.name not in ("egress", "ready"))  # what each sandbox has
 
 
 @dataclass
@@ -75,6 +74,7 @@ class Bare:
         self._host = host
         self._at_a_time = at_a_time
         self._spec = web_server(None)
+        self._works = tuple(stage for stage in stages_of(self._spec) if stage.name != "ready")
         self._journals: dict[str, Journal] = {}
 
     def up(self, rows: Sequence[Row]) -> None:
@@ -103,7 +103,7 @@ class Bare:
         journal = MemoryJournal(folder, row.id, 1, "bare", "", now(), self._spec)
         self._journals[row.id] = journal
         began = time.perf_counter()
-        for stage in WORKS:
+        for stage in self._works:
             with _Timed(row.stages, stage.name):
                 run_stage(self._host, journal, stage.name)
         with _Timed(row.stages, "ready"):
@@ -113,7 +113,7 @@ class Bare:
     def _take_down(self, row: Row) -> None:
         journal = self._journals[row.id]
         began = time.perf_counter()
-        for stage in reversed(WORKS):
+        for stage in reversed(self._works):
             with _Timed(row.undos, stage.name):
                 undo_stage(self._host, journal, stage)
         journal.log_path.unlink(missing_ok=True)
