@@ -238,6 +238,11 @@ class Fetch:
     def _check_path(self) -> None:
         """Before skopeo opens it: a pipe would keep it for ever; and a layout says what it has."""
         path, is_layout = Path(self.ref.name), self.ref.transport == "oci"
+        allowed = [folder.resolve() for folder in self.settings.image_allow]
+        if not any(path.resolve().is_relative_to(folder) for folder in allowed):
+            known = ", ".join(map(str, allowed)) or "none"
+            why = f"lies in no folder that this host allows for images (allowed: {known})"
+            raise ImageError(self.what, why, "set SANDBATCH_IMAGE_ALLOW on the host")
         try:
             mode = path.stat().st_mode
         except OSError as error:

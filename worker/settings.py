@@ -70,6 +70,7 @@ class Settings(BaseSettings):
     default_pids: int | None = Field(1024, ge=1)
     cgroup_parent: str = DEFAULT_PARENT
     rootfs_allow: tuple[Path, ...] = ()
+    image_allow: tuple[Path, ...] = (Path("/"),)
     mount_allow: tuple[Path, ...] = ()
     publish_ports: str = Field(
         "20000-29999", description="host ports to choose from; below the kernel's own range for clients"
@@ -183,7 +184,10 @@ class Settings(BaseSettings):
     def _empty_is_none(cls, value: Any) -> Any:
         return None if value == "" else value
 
-    @field_validator("state_dir", "run_dir", "cni_conf_dir", "cni_cache_dir", "rootfs_allow", "mount_allow")
+    @field_validator(
+        *("state_dir", "run_dir", "cni_conf_dir", "cni_cache_dir"),
+        *("rootfs_allow", "image_allow", "mount_allow"),
+    )
     @classmethod
     def _paths_are_absolute(cls, value: Path | tuple[Path, ...]) -> Path | tuple[Path, ...]:
         return tuple(map(_absolute, value)) if isinstance(value, tuple) else _absolute(value)

@@ -525,6 +525,18 @@ def test_what_is_no_image_on_the_host_says_so(puller: Puller, tmp_path: Path, te
         puller(parse_image(text.format(tmp_path)))
 
 
+def test_an_image_of_the_host_lies_in_an_allowed_folder(settings: Settings, tmp_path: Path) -> None:
+    """Else a user of the broker could ask a root process about any path of the host."""
+    allowed = tmp_path / "allowed"
+    allowed.mkdir()
+    puller = Puller(settings.model_copy(update={"image_allow": (allowed,)}))
+    assert puller(parse_image(f"oci:{layout(allowed / 'one', {'v1': APP})}")).digest == DIGEST
+    (allowed / "out").symlink_to(layout(tmp_path / "other", {"v1": APP}))
+    for place in (tmp_path / "other", allowed / "out", tmp_path / "none"):
+        with pytest.raises(ImageError, match="in no folder that this host allows"):
+            puller(parse_image(f"oci:{place}"))
+
+
 def test_a_layer_of_zstd_is_unpacked_too(puller: Puller, tmp_path: Path) -> None:
     """umoci 0.4 knows only gzip: skopeo makes that of it."""
     source, target = layout(tmp_path / "gzip", {"v1": APP}), tmp_path / "zstd"

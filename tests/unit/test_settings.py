@@ -80,6 +80,7 @@ def test_settings_cannot_be_changed():
         ("cni_conf_dir", "./net.d", "absolute path"),
         ("cni_cache_dir", "cni", "absolute path"),
         ("rootfs_allow", '["here"]', "absolute path"),
+        ("image_allow", '["here"]', "absolute path"),
         ("mount_allow", '["/a", "b"]', "absolute path"),
         ("rootfs_allow", "/a:/b", "JSON list"),
         ("cni_timeout_s", "0", "greater than 0"),
