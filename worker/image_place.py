@@ -1,6 +1,5 @@
-"""Folders of work under way: locked while somebody works in them, removed whatever fails, then synced."""
+"""Folders of work under way: locked while somebody works in them, removed whatever fails."""
 
-import ctypes
 import fcntl
 import logging
 import os
@@ -82,26 +81,6 @@ def delete_tree(place: Path, timeout_s: float = DELETE_S) -> None:
     done = process.run(["rm", "-rf", "--one-file-system", "--", place], timeout_s=timeout_s)
     if done.returncode:
         raise ImageError(str(place), process.last_words(done.stderr), "remove it by hand")
-
-
-def sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def sync_disk(folder: Path) -> None:
-    """All that is on the disk of `folder`, by one call, not by one for each of many files."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        if libc.syncfs(handle):
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code), str(folder))
-    finally:
-        os.close(handle)
 
 
 def _is_at(handle: int, folder: Path) -> bool:

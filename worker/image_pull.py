@@ -14,12 +14,13 @@ from worker.image_entry import ROOTFS, Image, write_entry
 from worker.image_fetch import TEMPORARY, Fetch, Progress, Tell, resolve
 from worker.image_guard import Guard, measure
 from worker.image_manifest import LAYOUT, NAME, read_config
-from worker.image_place import delete_tree, sync_disk, working
+from worker.image_place import delete_tree, working
 from worker.image_points import make_points
 from worker.image_ref import ImageRef
 from worker.image_store import ImageStore
 from worker.image_words import SPACE
 from worker.settings import Settings
+from worker.sync import sync_disk
 
 __all__ = ["Progress", "Tell", "pull", "resolve"]
 

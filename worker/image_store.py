@@ -23,11 +23,12 @@ from uuid import uuid4
 from worker import journal
 from worker.errors import BadInput, ImageError
 from worker.image_entry import ENTRY, Image, read_entry
-from worker.image_place import DELETE_S, delete_tree, held, sync_folder, unlock
+from worker.image_place import DELETE_S, delete_tree, held, unlock
 from worker.image_ref import ImageRef, is_digest, parse_image
 from worker.image_refs import References
 from worker.limits import in_words
 from worker.settings import Settings
+from worker.sync import sync_folder
 
 __all__ = ["Image", "ImageStore"]
 

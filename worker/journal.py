@@ -21,6 +21,7 @@ from worker import faults
 from worker.errors import Busy, JournalError
 from worker.locks import lock_within
 from worker.spec import CONTAINER_ID, Spec
+from worker.sync import sync_folder
 
 VERSION = "journal/v1"
 FILE = "journal.jsonl"
@@ -280,7 +281,8 @@ def _begin(folder: Path, header: dict[str, Any]) -> None:
             out.flush()
             os.fsync(out.fileno())
         temporary.rename(folder / FILE)
-        _sync_folder(folder)
+        sync_folder(folder)
+        sync_folder(folder.parent)
     except OSError:  # a full disk: no launch is begun that could not be journaled, and no folder stays
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -385,7 +387,8 @@ def set_aside(folder: Path) -> Path | None:
             return None
         name = folder / f"{FILE}.{error.kind}-{datetime.now(UTC).strftime('%Y%m%dT%H%M%S')}"
         (folder / FILE).rename(name)
-        _sync_folder(folder)
+        sync_folder(folder)
+        sync_folder(folder.parent)
         return name
     return None
 
@@ -458,12 +461,3 @@ def held(sandboxes_dir: Path, container_id: str, *, wait_s: float = 0.0) -> Iter
 def _lock(handle: int, container_id: str, wait_s: float) -> None:
     if not lock_within(handle, wait_s):
         raise Busy(container_id, "another task works on it", "it is tried again")
-
-
-def _sync_folder(folder: Path) -> None:
-    for path in (folder, folder.parent):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -22,6 +22,7 @@ from uuid import uuid4
 from worker.errors import BadInput, SandbatchError
 from worker.settings import Settings
 from worker.spec import Spec
+from worker.sync import sync_folder
 from worker.tree import Tree
 
 STORED = re.compile(r"^sha256-[0-9a-f]{64}$")  # an image's folder in the store
@@ -289,14 +290,14 @@ def _build(plan: dict[str, Any], found: Path) -> None:
             (building / name).parent.mkdir(mode=0o755, parents=True, exist_ok=True)
             (building / name).symlink_to(target)
         for folder, _, _ in os.walk(building):
-            _flush(Path(folder))
+            sync_folder(Path(folder))
         building.rename(found)
     except BaseException as error:
         shutil.rmtree(building)
         if isinstance(error, OSError):
             raise SandbatchError("rootfs host", str(error), "see that the state folder has room") from error
         raise
-    _flush(found.parent)
+    sync_folder(found.parent)
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -306,11 +307,3 @@ def _write(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     path.chmod(0o644)
-
-
-def _flush(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
