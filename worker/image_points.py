@@ -8,7 +8,7 @@ import os
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from worker.tree import MOST_LINKS, Tree
+from worker.tree import Tree
 
 FOLDERS = ("/proc", "/sys", "/dev", "/dev/shm", "/tmp", "/run")  # noqa: S108 - the sandbox's own
 FILES = ("/etc/hosts", "/etc/resolv.conf", "/etc/hostname")
@@ -37,29 +37,14 @@ def make_point(root: Path, path: str, *, is_file: bool) -> bool:
 
 
 def _make_point(root: Path, path: str, is_file: bool) -> bool:
-    tree = Tree(root)
-    left, inside, links = list(PurePosixPath(path).parts[1:]), PurePosixPath("/"), 0
-    while left:
-        part = left.pop(0)
-        if part == "..":
-            inside = inside.parent
-            continue
-        kind = tree.look(inside / part)
-        if kind.startswith("-> "):
-            links += 1
-            if links > MOST_LINKS:
-                return False
-            target = PurePosixPath(kind.removeprefix("-> "))
-            inside = PurePosixPath("/") if target.is_absolute() else inside
-            left = [one for one in target.parts if one not in ("/", "//")] + left
-            continue
-        wants_file = is_file and not left
-        inside /= part
+    def step(inside: PurePosixPath, kind: str, is_last: bool) -> bool:
+        wants_file = is_file and is_last
         if not kind:
-            _make(root / inside.relative_to("/"), wants_file, path in STICKY and not left)
-        elif (kind == "file") != wants_file:
-            return False
-    return True
+            _make(root / inside.relative_to("/"), wants_file, path in STICKY and is_last)
+            return True
+        return (kind == "file") == wants_file
+
+    return Tree(root).real(path, step) is not None
 
 
 def _make(place: Path, is_file: bool, is_sticky: bool) -> None:

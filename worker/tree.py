@@ -2,11 +2,12 @@
 
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 MOST_LINKS = 40  # as the kernel: too many levels
+Step = Callable[[PurePosixPath, str, bool], bool]
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,13 @@ class Tree:
         real = self.real(path)
         return "" if real is None else self.look(real)
 
-    def real(self, path: str) -> PurePosixPath | None:
-        """Where a path leads, by way of symlinks inside the root; None if they go round in circles."""
+    def real(self, path: str, step: Step = lambda *_: True) -> PurePosixPath | None:
+        """Where a path leads, by way of symlinks inside the root; None if they go round in circles.
+
+        Args:
+            step: Called for each name on the way that is no symlink, with what is there (as `look`) and
+                whether it is the last; False ends the way, which then leads nowhere.
+        """
         left, inside, links = list(PurePosixPath(path).parts[1:]), PurePosixPath("/"), 0
         while left:
             part = left.pop(0)
@@ -52,6 +58,8 @@ class Tree:
             kind = self.look(inside / part)
             if not kind.startswith("-> "):
                 inside /= part
+                if not step(inside, kind, not left):
+                    return None
                 continue
             links += 1
             if links > MOST_LINKS:
@@ -59,7 +67,7 @@ class Tree:
             target = PurePosixPath(kind.removeprefix("-> "))
             if target.is_absolute():
                 inside = PurePosixPath("/")
-            left = [part for part in target.parts if part != "/"] + left
+            left = [part for part in target.parts if part not in ("/", "//")] + left
         return inside
 
     def host_side(self, path: PurePosixPath) -> Path | None:

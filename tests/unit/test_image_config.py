@@ -116,6 +116,14 @@ def test_hostile_files_of_users_know_nobody_and_lead_nowhere(folder, break_it):
     assert find_user(folder / "rootfs", "0").uid == 0
 
 
+def test_a_link_with_two_slashes_is_as_one_with_one(folder):
+    """POSIX lets `//` be a root of its own, and so does pathlib; Linux does not."""
+    etc = folder / "rootfs" / "etc"
+    (etc / "passwd").rename(etc / "users")
+    (etc / "passwd").symlink_to("//etc/users")
+    assert find_user(folder / "rootfs", "app").uid == 1000
+
+
 def test_a_link_inside_the_image_is_followed(folder):
     etc = folder / "rootfs" / "etc"
     (folder / "rootfs" / "lib").mkdir()
