@@ -145,14 +145,19 @@ def test_a_tick_looks_on_and_the_output_is_kept():
     assert 1 <= len(ticks) <= 3
 
 
-def test_what_a_tick_raises_ends_the_program_and_its_children(held):
-    def tick():
-        raise SandbatchError("image", "is too large")
+def test_what_a_tick_raises_ends_the_program_and_its_children(held, tmp_path):
+    begun = tmp_path / "begun"
 
-    with pytest.raises(SandbatchError, match="too large"):
-        process.run(["sh", "-c", f"exec 3<>{held}; sleep 60 & wait"], timeout_s=LONG_S, tick=tick)
-    with open(os.open(held, os.O_RDONLY | os.O_NONBLOCK)) as reader:
-        assert reader.read() == ""
+    def tick():
+        if begun.exists():
+            raise SandbatchError("image", "is too large")
+
+    script = f"exec 3> {held}; sleep {LONG_S} & touch {begun}; wait"
+    with ThreadPoolExecutor() as pool:
+        reading = pool.submit(held.read_bytes)
+        with pytest.raises(SandbatchError, match="too large"):
+            process.run(["sh", "-c", script], timeout_s=LONG_S, tick=tick)
+        assert reading.result(timeout=10) == b""
 
 
 def test_the_deadline_holds_beside_ticks():
