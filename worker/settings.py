@@ -104,6 +104,17 @@ class Settings(BaseSettings):
         None, description="logins at registries; none: where skopeo looks by itself"
     )
 
+    signing_key: Path | None = Field(
+        None, description="signs what is sent: user-NAME.key, on a host host-NAME.key"
+    )
+    trusted_keys: Path | None = Field(
+        None, description="folder of public keys; a host with it refuses what none of them has signed"
+    )
+    message_age_s: float = Field(900.0, ge=60, description="signed messages and calls are stale after it")
+    spec_age_s: float = Field(
+        7 * 86_400.0, ge=60, description="a signed spec that has waited for longer is refused"
+    )
+
     @field_validator("labels", mode="before")
     @classmethod
     def _labels_are_pairs(cls, value: Any) -> Any:
@@ -179,7 +190,7 @@ class Settings(BaseSettings):
         faults.parse(self.faults)
         return self
 
-    @field_validator("registries_conf", "registry_auth_file", mode="before")
+    @field_validator(*("registries_conf", "registry_auth_file", "signing_key", "trusted_keys"), mode="before")
     @classmethod
     def _empty_is_none(cls, value: Any) -> Any:
         return None if value == "" else value
@@ -192,7 +203,7 @@ class Settings(BaseSettings):
     def _paths_are_absolute(cls, value: Path | tuple[Path, ...]) -> Path | tuple[Path, ...]:
         return tuple(map(_absolute, value)) if isinstance(value, tuple) else _absolute(value)
 
-    @field_validator("registries_conf", "registry_auth_file")
+    @field_validator("registries_conf", "registry_auth_file", "signing_key", "trusted_keys")
     @classmethod
     def _file_is_absolute(cls, value: Path | None) -> Path | None:
         return None if value is None else _absolute(value)
