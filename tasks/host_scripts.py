@@ -142,6 +142,8 @@ for _, field in ipairs({'spec', 'line', 'queue', 'memory', 'nets', 'command', 'r
 end
 redis.call('HSET', rec(new), 'id', new, 'batch', batch, 'attempt', 1, 'state', 'queued', 'created_at', at,
            'replaces', id)
+local sealed = redis.call('GET', P .. 'sealed:' .. id)
+if sealed then redis.call('SET', P .. 'sealed:' .. new, sealed) end
 redis.call('HSET', rec(id), 'replaced_by', new)
 redis.call('ZADD', P .. 'sandboxes', now, new)
 local deadline = redis.call('ZSCORE', P .. 'deadlines', id)

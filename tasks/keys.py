@@ -27,6 +27,11 @@ def sandbox_key(container_id: str) -> str:
     return f"{PREFIX}sb:{container_id}"
 
 
+def sealed_key(container_id: str) -> str:
+    """What of a sandbox's spec clients may write and not read: see `tasks.sealed`."""
+    return f"{PREFIX}sealed:{container_id}"
+
+
 def line_key(name: str) -> str:
     """A line of those that wait, in their order; its name is what each of them needs."""
     return f"{PREFIX}line:{name}"

@@ -34,8 +34,10 @@ from tasks.keys import (
     host_key,
     line_key,
     sandbox_key,
+    sealed_key,
 )
 from tasks.scripts import COUNT, OFFER, TAKE
+from tasks.sealed import kind_of, needs, seal
 from tasks.state import State
 from tasks.view import command_of
 from worker.journal import now, seconds
@@ -56,10 +58,13 @@ class Lines(Batches):
     ) -> None:
         """Write a batch and records of new ids as `queued`, and offer them to the hosts.
 
+        The values of their environments are written beside the records, where no client reads them.
+
         Raises:
-            BadInput: The plan asks for more successes than there are sandboxes.
+            BadInput: The plan asks for more successes than there are sandboxes, or a spec is too large.
         """
         plan = plan or BatchPlan()
+        sealed = [seal(spec) for _, spec in ids_and_specs]
         at, score, total = now(), time.time(), len(ids_and_specs)
         first = plan.first(total)
         key, fields = batch_key(batch), plan.fields(total)
@@ -76,9 +81,11 @@ class Lines(Batches):
             part = ids_and_specs[start : start + CHUNK]
             free = part[: max(0, first - start)]
             pipe = self.client.pipeline()
-            for container_id, spec in part:
-                raw = new_record(container_id, batch, State.QUEUED, at, spec)
+            for (container_id, spec), (text, beside) in zip(part, sealed[start : start + CHUNK], strict=True):
+                raw = new_record(container_id, batch, State.QUEUED, at, spec, text)
                 pipe.hset(sandbox_key(container_id), mapping=raw)
+                if beside is not None:
+                    pipe.set(sealed_key(container_id), beside)
             pipe.zadd(SANDBOXES, {one: score + offset * 1e-6 for offset, (one, _) in enumerate(part, start)})
             pipe.rpush(key + ":ids", *(one for one, _ in part))
             pipe.hincrby(key, "total", len(part))
@@ -214,12 +221,17 @@ def where(spec: Spec) -> str:
 
 def line_of(spec: Spec) -> str:
     """The name of the line in which a sandbox waits; script TAKE reads it."""
-    return "|".join((where(spec), spec.kind, str(spec.memory_bytes or 0), _networks(spec)))
+    return _line(spec, kind_of(spec))
+
+
+def _line(spec: Spec, kind: str) -> str:
+    return "|".join((where(spec), kind, str(spec.memory_bytes or 0), _networks(spec)))
 
 
 def _needs_of(text: str) -> dict[str, str]:
     try:
-        return needs_of(Spec.model_validate_json(text))
+        spec, kind = needs(text)
+        return needs_of(spec, kind)
     except ValueError:
         # Of another release: it waits for a host that knows its kind, or refuses it with words.
         raw = json.loads(text)
@@ -232,10 +244,10 @@ def _networks(spec: Spec) -> str:
     return ",".join(one.name for one in spec.networks)
 
 
-def needs_of(spec: Spec) -> dict[str, str]:
+def needs_of(spec: Spec, kind: str | None = None) -> dict[str, str]:
     """What script TAKE must know of a sandbox, and a table without reading its spec."""
     needs = {
-        "line": line_of(spec),
+        "line": _line(spec, kind or kind_of(spec)),
         "queue": where(spec),
         "memory": str(spec.memory_bytes or 0),  # 0: as much as its host counts for such a one
         "nets": _networks(spec),
@@ -245,15 +257,15 @@ def needs_of(spec: Spec) -> dict[str, str]:
 
 
 def new_record(
-    container_id: str, batch: str, state: State, created_at: str, spec: Spec, attempt: int = 1
+    container_id: str, batch: str, state: State, created_at: str, spec: Spec, text: str, attempt: int = 1
 ) -> dict[Any, Any]:
-    """The fields with which a record begins."""
+    """The fields with which a record begins; `text`: the spec as everybody may see it."""
     return {
         "id": container_id,
         "batch": batch,
         "attempt": attempt,
         "state": str(state),
         "created_at": created_at,
-        "spec": spec.model_dump_json(),
+        "spec": text,
         **needs_of(spec),
     }

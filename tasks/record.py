@@ -24,14 +24,17 @@ from tasks.keys import (
     batch_key,
     host_key,
     sandbox_key,
+    sealed_key,
 )
 from tasks.lines import Lines, new_record
 from tasks.pulls import Pulls
 from tasks.scripts import MARK, NO_RECORD, PUT
+from tasks.sealed import seal, unseal
 from tasks.state import TERMINAL, State
 from tasks.view import shape, view
 from worker.journal import Journal, now, seconds
 from worker.settings import MEMORY_PER_SANDBOX
+from worker.spec import Spec
 
 FIRST_ATTEMPT = 1  # what is queued has no other
 
@@ -90,10 +93,12 @@ class Record(Lines, Hosts, Pulls):
     def _rebuild(self, journal: Journal, host: str) -> None:
         """Begin the record of a sandbox anew: the broker has lost it, the host has not."""
         pipe, container_id, key = self.client.pipeline(), journal.container_id, batch_key(journal.batch)
-        raw = new_record(
-            container_id, journal.batch, State.PLACED, journal.created_at, journal.asked, journal.attempt
-        )
+        spec, begun_at = journal.asked, journal.created_at
+        text, beside = seal(spec)
+        raw = new_record(container_id, journal.batch, State.PLACED, begun_at, spec, text, journal.attempt)
         pipe.hset(sandbox_key(container_id), mapping={**raw, "host": host})
+        if beside is not None:
+            pipe.set(sealed_key(container_id), beside)
         pipe.zadd(SANDBOXES, {container_id: seconds(journal.created_at)})
         pipe.sadd(host_key(host) + ":sandboxes", container_id)
         memory = journal.spec.memory_bytes or MEMORY_PER_SANDBOX
@@ -194,19 +199,33 @@ class Record(Lines, Hosts, Pulls):
                 else:
                     gone.append(container_id)
         if gone and ids is None:
-            self.client.zrem(SANDBOXES, *gone)
+            self.forget_expired(gone)
         self.mark_unknown(found)
         return found
 
     def ids(self) -> list[str]:
         return cast("list[str]", self.client.zrange(SANDBOXES, 0, -1))
 
+    def forget_expired(self, ids: Sequence[str]) -> None:
+        """Take those of whom there is no record any more from the index, and what lies beside the record."""
+        self.client.zrem(SANDBOXES, *ids)
+        for start in range(0, len(ids), CHUNK):  # an end that a script of release 0.1.0 wrote leaves it
+            self.client.delete(*map(sealed_key, ids[start : start + CHUNK]))
+
     def spec(self, container_id: str) -> tuple[str, str] | None:
-        """The spec as JSON, and the batch; None if there is no record."""
+        """The spec as JSON, of its environment the names, and the batch; None if there is no record."""
         spec, batch = cast(
             "list[str | None]", self.client.hmget(sandbox_key(container_id), ["spec", "batch"])
         )
         return (spec, batch or "") if spec else None
+
+    def whole_spec(self, container_id: str, text: str) -> Spec:
+        """The spec with the values of its environment; for hosts: the broker lets no client read them.
+
+        Raises:
+            BadInput: It is none, as the host sees it.
+        """
+        return unseal(text, cast("str | None", self.client.get(sealed_key(container_id))))
 
     def wishes_on(self, host: str) -> list[Wish]:
         """What the record has on a host and not ended."""

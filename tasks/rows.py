@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
-from tasks.keys import CHUNK, SANDBOXES, sandbox_key
+from tasks.keys import CHUNK, sandbox_key
 from tasks.record import Record
 
 Row = dict[str, Any]
@@ -39,7 +39,7 @@ def read(record: Record, ids: Sequence[str] | None = None, *, with_labels: bool 
     rows = [_row(fields) for fields in answers if fields[STATE]]
     if ids is None and len(rows) < len(wanted):
         gone = [one for one, fields in zip(wanted, answers, strict=True) if not fields[STATE]]
-        record.client.zrem(SANDBOXES, *gone)
+        record.forget_expired(gone)
     _fill_in(record, [row for row in rows if with_labels or row["command"] is None])
     record.mark_unknown(rows)
     return rows

@@ -197,6 +197,7 @@ if state == 'queued' then leave(id, line or '') end
 if TERMINAL[target] then
   redis.call('HSETNX', rec(id), 'ended_at', at)
   redis.call('EXPIRE', rec(id), expiry)
+  redis.call('DEL', P .. 'sealed:' .. id)  -- its values: whoever runs this may not read them
 end
 tell(id, batch or '', target, host or '', at, kept)
 return account(id, target, at, expiry, kept, now) and 3 or 1

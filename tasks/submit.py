@@ -15,6 +15,7 @@ from tasks.batch import NAME, BatchPlan
 from tasks.connection import public_url
 from tasks.messages import Order, PullOrder
 from tasks.record import Record
+from tasks.sealed import kind_of
 from tasks.state import TERMINAL, State
 from worker.errors import BadInput, BrokerError
 from worker.settings import Settings
@@ -63,7 +64,7 @@ def _ask_elders(app: Celery, record: Record, specs: Sequence[tuple[str, Spec]]) 
     """
     hosts = record.live_hosts().values()
     if hosts and not any(facts.get("pulls") for facts in hosts):
-        readable = [(container_id, 1, spec.host) for container_id, spec in specs if spec.kind == KINDS[0]]
+        readable = [(container_id, 1, spec.host) for container_id, spec in specs if kind_of(spec) == KINDS[0]]
         record.note_for_elders([container_id for container_id, _, _ in readable])
         publish_place(app, readable)
 

@@ -21,6 +21,7 @@ from celery.exceptions import Ignore, Reject
 from kombu.exceptions import KombuError
 
 from tasks.app import make_app, options, settings
+from tasks.batch import NAME
 from tasks.connection import connect
 from tasks.messages import Order, read_order
 from tasks.record import Record
@@ -118,16 +119,18 @@ def place(self: "Task[Any, Any]", message: dict[str, Any]) -> dict[str, str]:
     except (redis.ConnectionError, redis.TimeoutError) as error:
         raise Reject(error, requeue=True) from error
     try:
-        spec = Spec.model_validate_json(known[0])
+        spec = _spec_of(order, known)
         if spec.deadline_at is not None and datetime.fromisoformat(spec.deadline_at) <= datetime.now(UTC):
             _refuse(order, f"its deadline, {spec.deadline_at}, has passed before a host had room", "deadline")
             raise Ignore
         spec = with_host_limits(spec, settings())
         sandboxes = settings().sandboxes_dir
         journals.create(sandboxes, order.container_id, attempt=order.attempt, batch=known[1], spec=spec)
-    except (ValueError, BadInput) as error:
+    except BadInput as error:
         _refuse(order, f"the host refuses the spec: {error}")
         raise
+    except (redis.ConnectionError, redis.TimeoutError) as error:
+        raise Reject(error, requeue=True) from error
     except OSError as error:  # a full disk: what cannot be journaled is not begun
         _refuse(order, f"its journal cannot be written: {error.strerror}")
         raise
@@ -150,6 +153,18 @@ def place(self: "Task[Any, Any]", message: dict[str, Any]) -> dict[str, str]:
     if journal.final:
         _tell_end(journal)
     return {"host": host}
+
+
+def _spec_of(order: Order, known: tuple[str, str]) -> Spec:
+    """The spec of the record, judged anew: whoever wrote it may have gone round the client.
+
+    Raises:
+        BadInput: This host does not launch it.
+    """
+    spec, batch = known
+    if not NAME.fullmatch(batch):
+        raise BadInput("batch", "it is no name of a batch", "letters, digits, '_', '.', '-', at most 63")
+    return record().whole_spec(order.container_id, spec)
 
 
 def _refuse(order: Order, message: str, reason: str = "refused") -> None:

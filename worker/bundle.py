@@ -138,7 +138,9 @@ def write_bundle(bundle_dir: Path, config: dict[str, Any]) -> None:
     """
     bundle_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     writing = bundle_dir / f".config.json.{uuid4().hex}"
-    writing.write_text(json.dumps(config, indent=1))
+    handle = os.open(writing, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with open(handle, "w") as out:  # it has the values of the environment
+        out.write(json.dumps(config, indent=1))
     writing.replace(bundle_dir / "config.json")
 
 

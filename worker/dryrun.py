@@ -29,6 +29,7 @@ from worker.stages import Host, bundle_data, check_host, config_of, make_host, r
 CONTAINER_ID = "sb-0000000000000000"
 PREV_RESULT = "the result of the plugin before it"
 HOST_PORT = "a free port of the host"
+HIDDEN = "(as asked for)"
 MAC, HOST_END = "02:00:00:00:00:00", "veth{:08x}"
 DOCUMENTS_RANGE = ("192.0.2.2/24", "192.0.2.1/24")  # where the IPAM plugin's range is not known
 
@@ -71,14 +72,22 @@ def dry_run(spec: Spec, settings: Settings) -> dict[str, Any]:
     if not any(one["destination"] == RESOLV_CONF for one in config["mounts"]):
         unknown[RESOLV_CONF] = "a bind of its own, if the result of a network names a server"
     journal.data["bundle"] = bundle_data(config)
+    commands = list(_commands(host, journal))
+    _hide_values(config, spec)
     return {
         "container_id": CONTAINER_ID,
         "config": config,
         "cni": list(_calls(host, links, unknown)),
         "firewall": firewall,
-        "runsc": list(_commands(host, journal)),
+        "runsc": commands,
         "unknown": unknown,
     }
+
+
+def _hide_values(config: dict[str, Any], spec: Spec) -> None:
+    """What was asked for as environment may be secret, and what is printed goes to logs and screens."""
+    pairs = (one.partition("=") for one in config["process"]["env"])
+    config["process"]["env"] = [f"{name}={HIDDEN if name in spec.env else value}" for name, _, value in pairs]
 
 
 def _image(reference: str, settings: Settings) -> Image:

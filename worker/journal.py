@@ -276,7 +276,8 @@ def _begin(folder: Path, header: dict[str, Any]) -> None:
         )
     temporary = folder / f".{FILE}.{os.getpid()}"
     try:
-        with temporary.open("w") as out:
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with open(handle, "w") as out:  # it has the values of the environment
             out.write(json.dumps(header, separators=(",", ":")) + "\n")
             out.flush()
             os.fsync(out.fileno())

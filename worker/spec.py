@@ -50,7 +50,8 @@ YOUNGER = {
     **dict.fromkeys(("on", "reschedule"), "spec/v2"),
     **dict.fromkeys(("image", "pull", "entrypoint", "user", "groups", "stop_signal"), "spec/v3"),
 }
-KINDS = ("spec/v1", "spec/v2", "spec/v3")  # that this release can launch
+# That this release can launch. The last is of any spec in the record with an environment (`tasks.sealed`).
+KINDS = ("spec/v1", "spec/v2", "spec/v3", "spec/v4")
 OF_IMAGE = "image"  # `ready`: what the image says
 MOST_ID = 2**32 - 2
 
@@ -137,9 +138,11 @@ ContainerId = Annotated[str, AfterValidator(_container_id)]
 class Spec(BaseModel):
     """One sandbox as asked for. Names that a host can look up, never contents."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, defer_build=True, hide_input_in_errors=True
+    )
 
-    kind: Literal["spec/v1", "spec/v2", "spec/v3"] = "spec/v1"  # hosts are upgraded one by one
+    kind: Literal["spec/v1", "spec/v2", "spec/v3", "spec/v4"] = "spec/v1"  # hosts are upgraded one by one
 
     # Its programs: an image, whose config says what is not said here, or a rootfs.
     image: Annotated[str, AfterValidator(_image)] | None = None

@@ -51,7 +51,8 @@ def test_run_prints_the_ids_and_nothing_else_on_stdout(cli, record, heartbeat, c
     assert re.match(r"^batch b-[0-9a-f]{12}\n$", done.stderr)
     rows = record.get_all()
     assert {row["id"] for row in rows} == set(ids)
-    assert rows[0]["spec"] == SPEC.model_dump() | {"env": {"A": "b=c"}}
+    assert rows[0]["spec"] == SPEC.model_dump() | {"kind": "spec/v4", "env": {"A": None}}
+    assert record.whole_spec(ids[0], record.spec(ids[0])[0]).env == {"A": "b=c"}
     assert set(take(record, "here")) == set(ids)
 
 

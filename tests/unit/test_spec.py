@@ -43,7 +43,7 @@ def test_what_the_release_before_does_not_know_is_left_out_unless_asked_for():
 
 
 BAD = {
-    "kind": ["spec/v4", ""],
+    "kind": ["spec/v5", ""],
     "args": [[], [""], ["", "x"], ["a\0"], [NOT_UTF8], [1], "true", None],
     "rootfs": ["", "Host", "dir", "./dir", "/a/../b", "/..", "/a\0", f"/{NOT_UTF8}", "host\n", None],
     "network": ["", ".a", "-a", "a/b", "a b", "a\n", "a\0", "ü", "..", None],
