@@ -126,7 +126,7 @@ def place(self: "Task[Any, Any]", message: dict[str, Any]) -> dict[str, str]:
         spec = with_host_limits(spec, settings())
         sandboxes = settings().sandboxes_dir
         journals.create(sandboxes, order.container_id, attempt=order.attempt, batch=known[1], spec=spec)
-    except BadInput as error:
+    except (ValueError, BadInput) as error:
         _refuse(order, f"the host refuses the spec: {error}")
         raise
     except (redis.ConnectionError, redis.TimeoutError) as error:
