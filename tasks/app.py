@@ -7,6 +7,7 @@ from celery import Celery
 from kombu import Exchange, Queue
 
 from tasks import transport
+from tasks.envelope import Guard
 from worker.settings import Settings, load_settings
 
 LAUNCH_QUEUE = "launch"
@@ -70,11 +71,12 @@ def transport_options(owner: str) -> dict[str, Any]:
 def make_app(current: Settings, owner: str) -> Celery:
     """A Celery app on the broker of the settings; `owner` is a host, or "client"."""
     transport.install()
+    guard = Guard(current) if current.signing_key or current.trusted_keys else None
     is_host = owner != "client"
     task_cls = "tasks.foreign:OrderTask" if is_host else None
     app = Celery("sandbatch", broker=broker_url(current), set_as_current=False, task_cls=task_cls)
     app.conf.update(
-        broker_transport_options=transport_options(owner),
+        broker_transport_options={**transport_options(owner), "guard": guard},
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
         broker_connection_timeout=4,

@@ -1,7 +1,7 @@
-"""kombu's Redis transport: no lost connection or broken message ends a worker; channels keep their client.
+"""kombu's Redis transport: no lost connection or broken message ends a worker; messages are signed.
 
-Making a client was a ninth of what a worker's main process did in a launch: redis-py sets up its whole
-configuration each time, and the pool of connections is the same.
+Channels keep their client: making one was a ninth of what a worker's main process did in a launch, since
+redis-py sets up its whole configuration each time, and the pool of connections is the same.
 """
 
 import base64
@@ -10,6 +10,8 @@ import logging
 from typing import Any
 
 from kombu.transport import TRANSPORT_ALIASES, redis
+
+from tasks.envelope import Guard
 
 log = logging.getLogger("sandbatch")
 SHOWN = 200  # characters of what is no message
@@ -27,11 +29,29 @@ class QoS(redis.QoS):
         if connection is not None and connection.client is not None:
             super().restore_unacked_once(stderr=stderr)
 
+    def ack(self, delivery_tag: str) -> None:
+        self._note_done(delivery_tag)
+        super().ack(delivery_tag)
+
+    def reject(self, delivery_tag: str, requeue: bool = False) -> None:
+        if not requeue:
+            self._note_done(delivery_tag)
+        super().reject(delivery_tag, requeue=requeue)
+
+    def _note_done(self, delivery_tag: str) -> None:
+        channel: Any = self.channel
+        message = self._delivered.get(delivery_tag) if self._delivered else None
+        if channel.guard is not None and message is not None:
+            channel.guard.note_done(message.headers)
+
 
 class Channel(redis.Channel):
     """As kombu's."""
 
     QoS = QoS
+
+    guard: Guard | None = None
+    from_transport_options = (*redis.Channel.from_transport_options, "guard")
 
     _kept: Any = None
 
@@ -43,6 +63,10 @@ class Channel(redis.Channel):
         if self._kept is None or self._kept.connection_pool is not self.pool:
             self._kept = create()
         return self._kept
+
+    def _put(self, queue: str, message: Any, **more: Any) -> None:
+        put: Any = super()._put
+        put(queue, self.guard.sign(queue, message) if self.guard else message, **more)
 
     def _brpop_read(self, **options: Any) -> Any:
         """Take what has come; kombu's ends the worker where somebody has put text into the queue by hand."""
@@ -63,8 +87,13 @@ class Transport(redis.Transport):
     def _deliver(self, message: Any, queue: str | None) -> None:
         if why := _broken(message):
             _tell_dropped(why, json.dumps(message))
-        else:
+        elif self._admits(str(queue), message):
             super()._deliver(message, queue)
+
+    def _admits(self, queue: str, message: Any) -> bool:
+        connection: Any = self.client
+        guard: Guard | None = connection.transport_options.get("guard")
+        return guard is None or guard.admits(queue, message)
 
 
 def _broken(message: Any) -> str:
