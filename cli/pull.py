@@ -16,6 +16,7 @@ from cli.images import read_reference, short
 from cli.output import errors_for_humans, one_line, print_json, say
 from tasks.host_record import LIVE
 from tasks.pulls import ENDED
+from tasks.signing import signer
 from tasks.submit import order_pull
 from tasks.whys import so_far
 from worker.errors import BadInput, SandbatchError
@@ -60,7 +61,7 @@ def pull(
         ref = read_reference(reference)
         client = Client(load_settings())
         names, errors = _hosts(client, host, all_hosts=all_hosts)
-        orders = order_pull(client.app(), client.record, names, str(ref), policy)
+        orders = order_pull(client.app(), client.record, names, str(ref), policy, signer(client.settings))
         try:
             rows = _follow(client, orders)
         except KeyboardInterrupt:

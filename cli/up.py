@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cli.output import say
+from tasks import signing
 from tasks.connection import check, connect
 from worker.doctor import check_host
 from worker.errors import BadInput, HostNotReady
@@ -80,6 +81,7 @@ def _tini() -> int:
 
 
 def _prepare(settings: Settings) -> None:
+    signing.check_host(settings)
     if settings.network == NAME:
         ensure_network(settings)
     check_host(settings)

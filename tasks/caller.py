@@ -9,6 +9,7 @@ from typing import Any
 
 import redis
 
+from tasks import signing
 from tasks.connection import connect_raw
 from tasks.wire import (
     ACK_BYTES,
@@ -45,7 +46,7 @@ class Conversation:
     be slow, such as a pager; its host then waits, and nothing piles up."""
 
     def __init__(self, settings: Settings, host: str, call: Call) -> None:
-        self._host, self._call = host, call
+        self._host, self._call, self._signer = host, call, signing.signer(settings)
         self._in_key, self._out_key = call_key(call.call_id, "in"), call_key(call.call_id, "out")
         # A connection for each thread: one that waits in XREAD sends nothing.
         self._reader, self._writer = connect_raw(settings), connect_raw(settings)
@@ -61,7 +62,8 @@ class Conversation:
         self._life_mark = begun[0][0] if begun else b"0"
         self._send("ping")  # its `in` stream is the sign that somebody waits
         pipe = self._writer.pipeline(transaction=True)
-        pipe.xadd(calls_key(self._host), call_fields(self._call), maxlen=CALLS_KEPT)
+        fields = call_fields(self._call, self._host, self._signer)
+        pipe.xadd(calls_key(self._host), fields, maxlen=CALLS_KEPT)
         pipe.expire(calls_key(self._host), EXPIRE_S)
         pipe.execute()
         self._pinger.start()

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import redis
 import redis.asyncio
 
+from tasks import signing
 from tasks.connection import connect_async
 from tasks.wire import (
     CALLS_KEPT,
@@ -29,6 +30,7 @@ from tasks.wire import (
     batches,
     call_key,
     calls_key,
+    check_signed,
     life_key,
     read_call_fields,
     read_entry,
@@ -267,12 +269,29 @@ class CallService:
             return
         conversation = Conversation(self._client, call)
         self._live[conversation.in_key] = conversation
-        conversation.task = asyncio.create_task(self._converse(conversation))
+        refusal = self._refusal(fields)
+        conversation.task = asyncio.create_task(self._converse(conversation, refusal))
         await asyncio.sleep(0)  # one that is cancelled before it has begun would tell nobody
 
-    async def _converse(self, one: Conversation) -> None:
+    def _refusal(self, fields: dict[bytes, bytes]) -> SandbatchError | None:
+        """Why a call is not for this host to answer: it is not signed by somebody whom it listens to."""
+        trust = signing.trust(self._settings)
+        if trust is None:
+            return None
+        try:
+            signed = check_signed(fields, self._settings.host, trust, self._settings.message_age_s)
+            if not signing.seen(self._settings).add(signed.nonce, signed.at):
+                raise signing.Refused("call", "this host has taken it before", "is it a replay?")
+        except signing.Refused as error:
+            log.error("host %s refuses a call: %s; %s", self._settings.host, error.why, error.todo)
+            return error
+        return None
+
+    async def _converse(self, one: Conversation, refusal: SandbatchError | None) -> None:
         error: SandbatchError | None = None
         try:
+            if refusal is not None:
+                raise refusal
             if len(self._live) > MOST_CALLS:
                 raise SandbatchError(f"host {self._settings.host}", "too many calls at a time", "try later")
             await one.send("begin")

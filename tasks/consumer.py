@@ -20,6 +20,7 @@ from celery.signals import (
     worker_before_create_process,
     worker_process_init,
 )
+from celery.worker.control import Panel
 
 from tasks import workflow
 from tasks.app import settings
@@ -51,6 +52,11 @@ class TakeBack(bootsteps.StartStopStep):
             log.info("%d messages of the lost connection are back in their queues", take_back_messages())
         type(self).is_first = False
 
+
+# What Flower asks. The rest of Celery's remote control would stop or change a worker at the word of anybody
+# who can write to the broker, or tell its configuration.
+CONTROLS = {"ping", "stats", "active", "reserved", "scheduled", "registered", "active_queues"}
+CONTROLS |= {"enable_events", "disable_events", "heartbeat"}
 
 LOCK_WAIT_S = 5.0  # a worker that was just killed takes a moment to be gone
 _worker_pid = 0  # of the main process, known in its children by the fork
@@ -102,6 +108,7 @@ def run_worker(*, log_level: str = "INFO") -> None:
         log.info("%d messages that another release could not read go back to their queues", readable)
     returned = take_back_messages()
     log.info("%d messages of the worker before are back in their queues", returned)
+    keep_controls()
     workflow.app.steps["worker"].add(HostStep)
     workflow.app.steps["consumer"].add(TakeBack)
     # The worker is root on purpose: netns, CNI and runsc need it; only JSON is accepted.
@@ -121,6 +128,12 @@ def run_worker(*, log_level: str = "INFO") -> None:
     )
     worker.start()
     sys.exit(worker.exitcode)
+
+
+def keep_controls() -> None:
+    """Leave of Celery's remote control what only looks; a worker logs the others as unknown."""
+    for name in set(Panel.data) - CONTROLS:
+        del Panel.data[name]
 
 
 def take_back_messages() -> int:

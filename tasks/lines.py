@@ -72,7 +72,7 @@ class Lines(Batches):
         pipe.hsetnx(key, "created_at", at)
         pipe.hdel(key, "outcome", "ended_at")  # one that is there grows
         pipe.hset(key, mapping=dict[Any, Any]({"open": 1, **fields}))
-        for what in ("", ":ids", ":held", ":images"):
+        for what in ("", ":ids", ":held"):  # its pins are the hosts': what runs is no client's to say
             pipe.persist(key + what)
         pipe.zadd(BATCHES, {batch: score}, nx=True)
         pipe.zadd(OPEN, {batch: score})

@@ -1,16 +1,18 @@
 """What a host's fetcher tells: to the record, and as tasks on its queue (`worker.fetcher.Tell`)."""
 
 import contextlib
+import logging
 from typing import Any
 
 import redis
 
-from tasks import workflow
+from tasks import signing, workflow
 from tasks.messages import Order
 from tasks.record import Record
 from worker import fetcher
 from worker.settings import Settings
 
+log = logging.getLogger("sandbatch")
 SHOWN = ("digest", "phase", "done_bytes", "total_bytes", "tries", "words")  # of a pull, in an order for it
 
 
@@ -18,7 +20,7 @@ class PullMessages:
     """Behind one connection, which its threads share."""
 
     def __init__(self, settings: Settings, record: Record) -> None:
-        self._host, self._record = settings.host, record
+        self._host, self._record, self._trust = settings.host, record, signing.trust(settings)
 
     def pinned(self, batch: str, reference: str) -> str | None:
         return self._record.pinned(batch, reference)
@@ -36,6 +38,13 @@ class PullMessages:
         row = self._record.order(name)
         if row is None or row["ended_at"] is not None or row["host"] != self._host:
             return None
+        if self._trust is not None:
+            try:
+                self._record.check_order(row, self._trust)
+            except signing.Refused as error:
+                log.error("order %s is refused: %s; %s", name, error.why, error.todo)
+                self._record.tell_order(name, state="failed", error=str(error), phase="")
+                return None
         return fetcher.Order(row["reference"], row["policy"])
 
     def carried_out(self, name: str, outcome: str, detail: str, digest: str) -> None:

@@ -19,6 +19,19 @@ return redis.call('HGET', pins, ARGV[2])
 """
 )
 
+# ARGV: batch, reference.  Answers the digest, or nothing. A batch that has grown lives again, with its pins:
+# its client may not touch them, since they say what is run.
+PINNED = (
+    f"""
+local batch = '{PREFIX}batch:' .. ARGV[1]
+"""
+    + """
+local pins = batch .. ':images'
+if redis.call('TTL', batch) == -1 then redis.call('PERSIST', pins) end
+return redis.call('HGET', pins, ARGV[2])
+"""
+)
+
 # Line up launches whose image is on the host now; script TAKE lets them go on as there are slots.
 # ARGV: host, now (s), seconds after which one that was let go has lost its message, id, ...
 ADMIT = (

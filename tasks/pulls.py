@@ -13,8 +13,9 @@ from typing import Any, cast
 
 import redis
 
-from tasks.keys import CHUNK, HOSTS, PREFIX, PULLS_KEPT_S, TERMINAL_KEPT_S, batch_key, host_key
-from tasks.pull_scripts import ADMIT, PIN, TELL
+from tasks.keys import CHUNK, HOSTS, PREFIX, PULLS_KEPT_S, TERMINAL_KEPT_S, host_key
+from tasks.pull_scripts import ADMIT, PIN, PINNED, TELL
+from tasks.signing import Signer, Trust
 from worker.journal import now
 
 ENDED = frozenset({"done", "failed"})  # states of an order; before: waiting, pulling
@@ -31,6 +32,7 @@ class Pulls:
     def __init__(self, client: "redis.Redis") -> None:
         self.client = client
         self._pin = client.register_script(PIN)
+        self._pinned = client.register_script(PINNED)
         self._admit = client.register_script(ADMIT)
         self._tell = client.register_script(TELL)
 
@@ -38,7 +40,7 @@ class Pulls:
 
     def pinned(self, batch: str, reference: str) -> str | None:
         """The digest that a batch runs for a reference; None while no host has resolved it."""
-        return cast("str | None", self.client.hget(batch_key(batch) + ":images", reference))
+        return cast("str | None", self._pinned(keys=[], args=[batch, reference]))
 
     def pin(self, batch: str, reference: str, digest: str) -> str:
         """Pin a digest for a batch; the one that counts is returned, which may be another host's."""
@@ -97,10 +99,12 @@ class Pulls:
 
     # -- orders --------------------------------------------------------------------------------------
 
-    def write_order(self, host: str, reference: str, policy: str) -> str:
+    def write_order(self, host: str, reference: str, policy: str, signer: Signer | None = None) -> str:
         """Note the wish that a host has an image; its id. `tasks.submit.order_pull` tells the host."""
         pull_id = "pull-" + secrets.token_hex(8)
         fields = {"id": pull_id, "host": host, "reference": reference, "policy": policy}
+        if signer is not None:
+            fields["token"] = signer.sign("pull", [host, pull_id, reference, policy])
         fields |= {"state": "waiting", "asked_at": now()}
         pipe = self.client.pipeline()
         pipe.hset(_order_key(pull_id), mapping=dict[Any, Any](fields))
@@ -117,6 +121,16 @@ class Pulls:
         """
         raw = cast("dict[str, str]", self.client.hgetall(_order_key(pull_id)))
         return _shape(raw) if raw.get("id") else None
+
+    def check_order(self, row: Row, trust: Trust) -> None:
+        """See who has written an order.
+
+        Raises:
+            tasks.signing.Refused: Nobody whom the host listens to.
+        """
+        token = self.client.hget(_order_key(row["id"]), "token")
+        parts = [row["host"], row["id"], row["reference"], row["policy"]]
+        trust.verify("pull", parts, token, max_age_s=ORDER_LIVES_S)
 
     def orders_on(self, host: str) -> list[Row]:
         """The orders that a host has not carried out."""

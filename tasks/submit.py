@@ -16,6 +16,7 @@ from tasks.connection import public_url
 from tasks.messages import Order, PullOrder
 from tasks.record import Record
 from tasks.sealed import kind_of
+from tasks.signing import Signer
 from tasks.state import TERMINAL, State
 from worker.errors import BadInput, BrokerError
 from worker.settings import Settings
@@ -129,7 +130,12 @@ def stop(
 
 
 def order_pull(
-    app: Celery, record: Record, hosts: Sequence[str], reference: str, policy: str = "always"
+    app: Celery,
+    record: Record,
+    hosts: Sequence[str],
+    reference: str,
+    policy: str = "always",
+    signer: Signer | None = None,
 ) -> dict[str, str]:
     """Have hosts pull an image; the id of each host's order. `Record.follow_orders` shows how they go on.
 
@@ -144,7 +150,7 @@ def order_pull(
         BrokerError: It went away half-way; orders that were written are carried out.
     """
     try:
-        orders = {host: record.write_order(host, reference, policy) for host in hosts}
+        orders = {host: record.write_order(host, reference, policy, signer) for host in hosts}
         for host, pull_id in orders.items():
             app.send_task(
                 "sandbatch.pull",

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tasks.keys import PREFIX
+from tasks.signing import Signed, Signer, Trust
 from worker.calls import Call, read_call
 from worker.errors import Lost
 
@@ -97,9 +98,20 @@ def read_entry(fields: Fields) -> Entry:
         raise Lost("call", "the other side sent what is no entry", "is it of another release?") from None
 
 
-def call_fields(call: Call) -> dict[Any, Any]:
+def call_fields(call: Call, host: str, signer: Signer | None = None) -> dict[Any, Any]:
     """A call as it is added to its host's stream."""
-    return {"call": call.model_dump_json()}
+    text = call.model_dump_json()
+    return {"call": text, "token": signer.sign("call", [host, text])} if signer else {"call": text}
+
+
+def check_signed(fields: Fields, host: str, trust: Trust, max_age_s: float) -> Signed:
+    """See who makes a call.
+
+    Raises:
+        tasks.signing.Refused: Nobody whom the host listens to.
+    """
+    token = fields.get(b"token", b"").decode(errors="replace")
+    return trust.verify("call", [host, fields.get(b"call", b"")], token, max_age_s=max_age_s)
 
 
 def read_call_fields(fields: Fields) -> Call:

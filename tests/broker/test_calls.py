@@ -5,17 +5,18 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
 
-from tasks import calls, wire
+from tasks import caller, calls, signing, wire
 from tasks.caller import Conversation, new_call_id
 from tasks.calls import CallService
 from tasks.wire import WINDOW_BYTES, Entry, Numbers, call_key, calls_key
 from tests.broker.conftest import HOST
-from worker.calls import Call, make_call
+from worker.calls import Call, make_call, read_call
 from worker.errors import HostAway, Lost, Refused, SandbatchError
 from worker.settings import Settings
 
@@ -159,7 +160,7 @@ def test_a_silent_client_is_given_up_and_its_keys_expire(broker, serve, handlers
     serve()
     asked = call("wait")
     client.xadd(call_key(asked.call_id, "in"), Entry("ping", 1).fields())
-    client.xadd(calls_key(HOST), wire.call_fields(asked))
+    client.xadd(calls_key(HOST), wire.call_fields(asked, HOST))
     until(lambda: handlers.ended == ["wait"])
     assert 0 < client.ttl(call_key(asked.call_id, "out")) <= wire.EXPIRE_S
 
@@ -181,7 +182,7 @@ def test_a_call_that_was_given_up_is_not_begun(broker, client, handlers, serve, 
         client.xadd(call_key(asked.call_id, "in"), Entry("ping", 1).fields())
     client.xadd(call_key(given_up.call_id, "in"), Entry("cancel", 2).fields())
     for asked in (given_up, gone, wanted):
-        client.xadd(calls_key(HOST), wire.call_fields(asked))
+        client.xadd(calls_key(HOST), wire.call_fields(asked, HOST))
     client.xadd(calls_key(HOST), {"call": '{"verb": "exec", "kind": "call/v9"}'})
     serve()
     until(lambda: client.xlen(calls_key(HOST)) == 0)
@@ -236,7 +237,7 @@ def test_a_client_that_speaks_nonsense_ends_its_call_alone(broker, client, serve
     serve()
     asked = call("wait")
     client.xadd(call_key(asked.call_id, "in"), {"t": "ack", "n": 1, "d": "no number"})
-    client.xadd(calls_key(HOST), wire.call_fields(asked))
+    client.xadd(calls_key(HOST), wire.call_fields(asked, HOST))
     until(lambda: "error" in [entry["t"] for _, entry in client.xrange(call_key(asked.call_id, "out"))])
     assert talk_to_the_end(broker, call("nothing"))[-1].kind == "end"
 
@@ -249,3 +250,72 @@ def test_many_calls_at_once_take_one_thread(broker, serve):
         for talk in talks:
             assert next(talk.replies()).data == b"waiting"
         assert threading.active_count() - len(talks) <= before  # each client has one, which pings
+
+
+# -- a host with keys ----------------------------------------------------------------------------------
+
+
+class Keys:
+    """The settings of a host that listens to alice alone, and of some who call it."""
+
+    def __init__(self, broker: Settings, folder: Path) -> None:
+        for who in ("user-alice", f"host-{HOST}"):
+            signing.make_key(folder, who)
+        (folder / "others").mkdir()
+        signing.make_key(folder / "others", "user-alice")
+        (folder / "run").mkdir()
+        url = f"redis+socket://{broker.broker_socket}"
+        self._plain = broker.model_copy(update={"broker_url": url, "run_dir": folder / "run"})
+        self.host = self._with(folder / f"host-{HOST}.key", folder)
+        self.alice, self.mallory = (self._with(one / "user-alice.key") for one in (folder, folder / "others"))
+        self.nobody = self._with(None)
+
+    def _with(self, key: Path | None, trusted: Path | None = None) -> Settings:
+        return self._plain.model_copy(update={"signing_key": key, "trusted_keys": trusted})
+
+
+@pytest.fixture
+def keys(broker: Settings, client: "redis.Redis", handlers: Handlers, tmp_path: Path) -> Iterator[Keys]:
+    found = Keys(broker, tmp_path)
+    service = CallService(found.host, lambda: handlers)
+    service.start()
+    yield found
+    service.stop()
+
+
+def test_a_host_with_keys_answers_who_signs_and_nobody_else(keys: Keys, handlers: Handlers) -> None:
+    assert talk_to_the_end(keys.alice, call("at once"))[-1].document() == {"exit_code": 7}
+    for who, words in (
+        (keys.nobody, "it is not signed; set signing_key"),
+        (keys.mallory, "not of user-alice"),
+    ):
+        with pytest.raises(Refused, match=words):
+            talk_to_the_end(who, call("echo"))
+    assert handlers.began == ["at once"]
+
+
+def test_a_call_is_answered_once_and_by_the_host_that_it_was_made_for(
+    keys: Keys, handlers: Handlers, client: "redis.Redis", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever could read the stream of a host could else have its calls made again."""
+    made: list[dict[Any, Any]] = []
+
+    def keep(asked: Call, host: str, signer: Any) -> dict[Any, Any]:
+        made.append(wire.call_fields(asked, host, signer))
+        return made[0]
+
+    monkeypatch.setattr(caller, "call_fields", keep)
+    asked = call("at once")
+    talk_to_the_end(keys.alice, asked)
+    with pytest.raises(Refused, match="this host has taken it before; is it a replay"):
+        talk_to_the_end(keys.alice, asked)
+    assert handlers.began == ["at once"]
+
+    made[:] = [wire.call_fields(call("at once"), "another", signing.signer(keys.alice))]
+    with pytest.raises(Refused, match="or it was changed since"):
+        talk_to_the_end(keys.alice, read_call(made[0]["call"].encode()))
+    made[:] = [wire.call_fields(call("at once"), HOST, signing.signer(keys.alice))]
+    made[0]["call"] = made[0]["call"].replace("at once", "echo")
+    with pytest.raises(Refused, match="or it was changed since"):
+        talk_to_the_end(keys.alice, read_call(made[0]["call"].encode()))
+    assert handlers.began == ["at once"]

@@ -5,11 +5,14 @@ from typing import Any
 
 import pytest
 
+from tasks import signing
 from tasks.keys import PREFIX, TERMINAL_KEPT_S, batch_key, host_key
+from tasks.pull_messages import PullMessages
 from tasks.record import Record
 from tasks.state import State
 from tests.broker.conftest import take
 from tests.broker.test_take import enqueue, move
+from worker import fetcher
 from worker import journal as journals
 from worker.journal import Journal
 from worker.spec import make_spec
@@ -39,7 +42,8 @@ def test_a_pin_goes_with_its_batch(record, client):
     assert 0 < client.ttl(batch_key("b-1") + ":images") <= TERMINAL_KEPT_S
     record.pin("b-1", "docker.io/library/other:latest", ONE)  # by a host that comes late
     assert 0 < client.ttl(batch_key("b-1") + ":images") <= TERMINAL_KEPT_S
-    enqueue(record, 1, start=5)  # it grows: all of it stays
+    enqueue(record, 1, start=5)  # it grows: all of it stays, once a host has asked
+    assert record.pinned("b-1", BUSYBOX) == ONE
     assert client.ttl(batch_key("b-1") + ":images") == -1
 
 
@@ -224,6 +228,31 @@ def test_whoever_follows_an_order_that_expires_is_let_go(record, client):
     assert next(follows) == []
     client.delete(f"{PREFIX}pull:{pull_id}")
     assert list(follows) == [[]]
+
+
+def test_a_host_with_keys_carries_out_the_orders_of_those_whom_it_knows(
+    record, client, broker, tmp_path, caplog
+):
+    """Whoever can write to the record could else have it fetch and unpack what he likes."""
+    for who in ("user-alice", "host-h1"):
+        signing.make_key(tmp_path, who)
+    alice = signing.Signer.read(tmp_path / "user-alice.key")
+    keys = {"host": "h1", "trusted_keys": tmp_path, "signing_key": tmp_path / "host-h1.key"}
+    tell = PullMessages(broker.model_copy(update=keys), record)
+    good = record.write_order("h1", BUSYBOX, "always", alice)
+    assert tell.order(good) == fetcher.Order(BUSYBOX, "always")
+
+    unsigned, changed, copied = (
+        record.write_order("h1", BUSYBOX, "always", one) for one in (None, alice, alice)
+    )
+    client.hset(f"{PREFIX}pull:{changed}", "reference", "docker.io/library/evil:latest")
+    client.hset(f"{PREFIX}pull:{copied}", "token", client.hget(f"{PREFIX}pull:{good}", "token"))
+    for pull_id in (unsigned, changed, copied):
+        assert tell.order(pull_id) is None
+        assert record.order(pull_id)["state"] == "failed"
+    assert "it is not signed" in record.order(unsigned)["error"]
+    assert caplog.text.count("is refused") == 3
+    assert [one["id"] for one in record.orders_on("h1")] == [good]
 
 
 # -- what a host reports -------------------------------------------------------------------------
