@@ -21,7 +21,7 @@ from celery.worker.consumer import Consumer
 from tasks.app import settings, transport_options
 from tasks.connection import connect
 from tasks.keys import PREFIX
-from tasks.messages import RELEASE, read_order
+from tasks.messages import RELEASE, read_order, read_words
 from worker.errors import BadInput
 from worker.journal import now
 
@@ -129,7 +129,9 @@ class OrderTask(AnyTask):
 
     def _unreadable(self, args: Any, kwargs: dict[str, Any]) -> str:
         try:
-            self.read(self._signature.bind(*args, **kwargs).arguments["message"])
+            told = self._signature.bind(*args, **kwargs).arguments
+            self.read(told.pop("message"))
+            read_words(told)
         except TypeError as error:  # an argument that this release does not have, or misses
             return str(error)
         except BadInput as error:

@@ -32,6 +32,21 @@ class PullOrder(BaseModel):
     pull_id: str = Field(pattern=r"^pull-[0-9a-f]{16}$")
 
 
+class Words(BaseModel):
+    """What a task is told besides its order; each task takes some of these."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    final: Literal["exited", "failed", "cancelled"] = "cancelled"
+    forget: bool = False
+    reason: str = Field("", pattern=r"^[a-z_]{0,40}$")
+    grace_s: float | None = Field(None, ge=0, le=10**9)
+    outcome: str = Field("", pattern=r"^[a-z_]{0,40}$")
+    detail: str = Field("", max_length=100_000)
+    digest: str = Field("", pattern=r"^(sha256:[0-9a-f]{64})?$")
+    is_admitted: bool = False
+
+
 def read_order(message: Any) -> Order:
     """Check a message of the queue, which anybody with the broker's password can write.
 
@@ -48,6 +63,15 @@ def read_pull_order(message: Any) -> PullOrder:
         BadInput: As `read_order`.
     """
     return _read(PullOrder, message)
+
+
+def read_words(words: dict[str, Any]) -> Words:
+    """Check what a task is told besides.
+
+    Raises:
+        BadInput: As `read_order`.
+    """
+    return _read(Words, words)
 
 
 def _read(model: type[AnyOrder], message: Any) -> AnyOrder:

@@ -68,6 +68,7 @@ def test_what_a_worker_cannot_read_is_put_aside_whole_and_the_rest_is_done(
     publish(sender, "place", message={**ORDER, "kind": "order/v9"})
     publish(sender, "hibernate", message=ORDER)
     publish(sender, "unwind", message=ORDER, final="exited", forget=False, mood="good")
+    publish(sender, "ready", message=ORDER, outcome="../x", detail="")
     publish(sender, "stop", None, message=ORDER)  # without what it needs; in the shared queue
     with sender.producer_pool.acquire() as producer:
         raw: Producer = producer
@@ -90,6 +91,7 @@ def test_what_a_worker_cannot_read_is_put_aside_whole_and_the_rest_is_done(
     assert reasons["sandbatch.hibernate"] == "there is no such task"
     assert "mood" in reasons["sandbatch.unwind"]
     assert "reason" in reasons["sandbatch.stop"]
+    assert reasons["sandbatch.ready"].startswith("outcome '../x'")
     publish(sender, "place", message={**ORDER, "attempt": 3})  # the queues flow on
     wait_for(client, lambda: not queues(client) and not client.keys("sandbatch:mq:unacked.*"), log)
     assert len(aside(client)) == len(before)
