@@ -90,15 +90,17 @@ def doctor(as_json: Json = False) -> None:
 def up(
     host: Host = None,
     flower: Annotated[
-        bool, typer.Option("--flower", help="Flower, too, on port 5555 of the loopback.")
+        bool, typer.Option("--flower", help="Flower, too: a page of all tasks, on the loopback.")
     ] = False,
+    flower_port: Annotated[int, typer.Option(min=1, max=65535, envvar="FLOWER_PORT")] = 5555,
     label: HostLabels = None,
 ) -> None:
     """Be everything on this machine: embedded broker and worker, until Ctrl-C. Sandboxes go on."""
     from cli.up import run_up
 
     with errors_for_humans():
-        raise typer.Exit(run_up(load_settings(host=host, labels=_labels(label)), with_flower=flower))
+        settings = load_settings(host=host, labels=_labels(label))
+        raise typer.Exit(run_up(settings, flower_port=flower_port if flower else None))
 
 
 @app.command(epilog="Example: sandbatch worker --host build-7 --capacity 200")
@@ -123,18 +125,20 @@ def _labels(given: list[str] | None) -> str | None:
 
 @app.command(epilog="Example: sandbatch flower --port 5555")
 def flower(
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 5555,
+    port: Annotated[int, typer.Option(min=1, max=65535, envvar="FLOWER_PORT")] = 5555,
     address: Annotated[
-        str, typer.Option(help="Beyond the loopback FLOWER_BASIC_AUTH is needed.")
+        str,
+        typer.Option(envvar="FLOWER_ADDRESS", help="Beyond the loopback FLOWER_BASIC_AUTH is needed."),
     ] = "127.0.0.1",
 ) -> None:
-    """Run Flower on the same broker."""
-    from cli.up import flower_argv
+    """Run Flower on the same broker: a page of all tasks, to read."""
+    from cli.flower import flower_argv
 
     with errors_for_humans():
         settings = load_settings()
-        Client(settings)
         argv = flower_argv(port, address)
+        Client(settings)
+        say(f"Flower: port {port} of {address or 'any address'}; Ctrl-C stops it")
         os.execv(argv[0], argv)  # noqa: S606 - argv list, no shell
 
 

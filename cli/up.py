@@ -1,4 +1,4 @@
-"""The long-running commands of a host: worker, up, Flower."""
+"""The long-running commands of a host: worker, up."""
 
 import contextlib
 import json
@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from cli.flower import ADDRESS, flower_argv
 from cli.output import say
 from tasks import signing
 from tasks.connection import check, connect
@@ -20,7 +21,6 @@ from worker.settings import Settings
 from worker.subnet import NAME, ensure_network
 
 UNDER_TINI = "SANDBATCH_UNDER_TINI"
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 STOP_S = 35  # a stage that is under way is finished; the longest deadline of one is 30 s
 FLAGS = ("host", "capacity", "slots", "labels")
 
@@ -87,7 +87,7 @@ def _prepare(settings: Settings) -> None:
     check_host(settings)
 
 
-def run_up(settings: Settings, *, with_flower: bool) -> int:
+def run_up(settings: Settings, *, flower_port: int | None = None) -> int:
     """Run broker, worker and perhaps Flower as children until a signal comes or one of them ends.
 
     A dead broker ends the rest too: what restarts `up` then restarts all of it, with the broker's data.
@@ -98,27 +98,17 @@ def run_up(settings: Settings, *, with_flower: bool) -> int:
         raise BadInput("up", "root is needed", "run it as root on the host")
     if not settings.is_broker_embedded:
         raise BadInput("up", "SANDBATCH_BROKER_URL names another broker", "unset it, or run sandbatch worker")
+    flower = None if flower_port is None else flower_argv(flower_port, ADDRESS)
     _prepare(settings)
     _export(settings)
     with _signals() as signalled, embedded_broker(settings) as broker, contextlib.ExitStack() as children:
         pids = {broker: f"the broker (its log: {settings.state_dir / 'broker' / 'valkey.log'})"}
         pids[children.enter_context(_child(_under_tini(), {UNDER_TINI: "up"})).pid] = "the worker"
-        if with_flower:
-            pids[children.enter_context(_child(flower_argv(5555, "127.0.0.1"), {})).pid] = "Flower"
+        if flower is not None:
+            pids[children.enter_context(_child(flower, {})).pid] = "Flower"
+            say(f"Flower: http://{ADDRESS}:{flower_port}")
         say(f"host {settings.host} is up; Ctrl-C stops it, sandboxes go on")
         return _wait_for_any(pids, signalled)
-
-
-def flower_argv(port: int, address: str) -> list[str]:
-    """Flower's command line; its own settings come from FLOWER_* in the environment.
-
-    Raises:
-        BadInput: It would be open to others without a password.
-    """
-    if address not in LOOPBACK and not os.environ.get("FLOWER_BASIC_AUTH"):
-        raise BadInput(f"--address {address}", "others could reach it", "set FLOWER_BASIC_AUTH=USER:PASSWORD")
-    celery = [sys.executable, "-m", "celery", "-A", "tasks.flower"]
-    return [*celery, "flower", f"--port={port}", f"--address={address}", "--logging=warning"]
 
 
 @contextlib.contextmanager

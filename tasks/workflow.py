@@ -121,8 +121,9 @@ def place(self: "Task[Any, Any]", message: dict[str, Any]) -> dict[str, str]:
     try:
         spec = _spec_of(order, known)
         if spec.deadline_at is not None and datetime.fromisoformat(spec.deadline_at) <= datetime.now(UTC):
-            _refuse(order, f"its deadline, {spec.deadline_at}, has passed before a host had room", "deadline")
-            raise Ignore
+            why = f"its deadline, {spec.deadline_at}, has passed before a host had room"
+            _refuse(order, why, "deadline")
+            raise SandbatchError(order.container_id, why)
         spec = with_host_limits(spec, settings())
         sandboxes = settings().sandboxes_dir
         journals.create(sandboxes, order.container_id, attempt=order.attempt, batch=known[1], spec=spec)

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import pytest
 # A shell that starts us in the background has this ignored, and so would all commands that we send a Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+ARTEFACTS = Path(os.environ.get("TEST_ARTEFACTS") or Path(__file__).parents[1] / "build" / "artefacts")
+STARTED = time.time()
 PLUGIN_DIRS = (Path("/opt/cni/bin"), Path("/usr/lib/cni"))
 PLUGINS = ("bridge", "host-local", "loopback")
 PROGRAMS = ("runsc", "conmon", "tini", "iptables-save", "nsenter", "setpriv", "ip", "nft")
@@ -43,3 +46,25 @@ def lack(reason: str) -> None:
     if os.environ.get("CI"):
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def chromium() -> None:
+    """A browser, and what drives it; `make test-host` installs both."""
+    lacking = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
+    if lacking:
+        lack(f"this machine lacks {', '.join(lacking)}: apt-get install chromium chromium-driver")
+
+
+@pytest.fixture
+def artefacts() -> Path:
+    """Where a test leaves what a person may want to look at: TEST_ARTEFACTS, or build/artefacts."""
+    ARTEFACTS.mkdir(parents=True, exist_ok=True)
+    return ARTEFACTS
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what these tests have left to look at."""
+    for path in sorted(ARTEFACTS.glob("*")):
+        if path.stat().st_mtime >= STARTED:
+            terminalreporter.write_line(f"artefact: {path}")

@@ -19,6 +19,10 @@ class SandbatchError(Exception):
     def __str__(self) -> str:
         return f"{self.what}: {self.why}" + (f"; {self.todo}" if self.todo else "")
 
+    def __repr__(self) -> str:
+        """What Celery sends of a failed task, and Flower shows: words, not args."""
+        return str(self)
+
 
 class BadInput(SandbatchError):
     """The user asked for something that cannot be: nothing was done."""

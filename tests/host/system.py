@@ -58,6 +58,7 @@ class System:
     env: dict[str, str] = field(default_factory=dict)
     process: "subprocess.Popen[bytes] | None" = None
     worker_url: str = ""  # a broker elsewhere, as the worker reaches it; then `worker` is run, not `up`
+    up: tuple[str, ...] = ()  # options of `up`
 
     def __post_init__(self) -> None:
         self.conf_dir.mkdir(parents=True, exist_ok=True)
@@ -143,7 +144,7 @@ class System:
     def start(self, **env: str) -> None:
         """Start broker and worker, and wait for the worker's heartbeat."""
         with (self.folder / "up.log").open("ab") as log:
-            argv = [sys.executable, "-m", "cli", "worker" if self.worker_url else "up"]
+            argv = [sys.executable, "-m", "cli", *(["worker"] if self.worker_url else ["up", *self.up])]
             environment = {**self.environment, **env}
             if self.worker_url:
                 environment["SANDBATCH_BROKER_URL"] = self.worker_url
