@@ -9,7 +9,17 @@ from typing import Any, cast
 import redis
 
 from tasks.host_scripts import ALL, DRAIN, FORGET, LOST_OF, MISSING, NAME, RESCHEDULE
-from tasks.keys import BELL, BELLS_KEPT, DRAINS, EPOCH, EVENTS_KEPT, HOSTS, LAST_HOSTS, host_key
+from tasks.keys import (
+    BELL,
+    BELLS_KEPT,
+    DRAINS,
+    EPOCH,
+    EVENTS_KEPT,
+    HOSTS,
+    LAST_HOSTS,
+    TAKEN_KEPT_S,
+    host_key,
+)
 from tasks.state import TERMINAL, UNKNOWN, State
 from worker.journal import now
 
@@ -124,7 +134,7 @@ class Hosts:
 
         Two who try the same at the same time make one.
         """
-        args: list[str | float] = [container_id, new_id, host, now(), time.time(), EVENTS_KEPT]
+        args: list[str | float] = [container_id, new_id, host, now(), time.time(), EVENTS_KEPT, TAKEN_KEPT_S]
         return bool(self._reschedule(keys=[], args=args))
 
     # -- drain -----------------------------------------------------------------------------------------

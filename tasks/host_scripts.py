@@ -123,7 +123,9 @@ return found
 )
 
 # Launch a sandbox of a lost host anew: a new record takes its place in the batch, the old one names it.
-# ARGV: id, new id, host, now (text), now (s), length of the stream.  Answers 1 if it was done.
+# Its signature is of the first of them, and goes with the note of who launches that (`tasks.claims`).
+# ARGV: id, new id, host, now (text), now (s), length of the stream, seconds of that note.
+# Answers 1 if it was done.
 RESCHEDULE = (
     COMMON
     + """
@@ -144,6 +146,11 @@ redis.call('HSET', rec(new), 'id', new, 'batch', batch, 'attempt', 1, 'state', '
            'replaces', id)
 local sealed = redis.call('GET', P .. 'sealed:' .. id)
 if sealed then redis.call('SET', P .. 'sealed:' .. new, sealed) end
+local signed = redis.call('HGET', rec(id), 'signed_as') or id
+if redis.call('GET', P .. 'taken:' .. signed) == host .. ' ' .. id then  -- else it was never launched so
+  redis.call('SET', P .. 'taken:' .. signed, '* ' .. new, 'EX', ARGV[7])
+  redis.call('HSET', rec(new), 'signed_as', signed)
+end
 redis.call('HSET', rec(id), 'replaced_by', new)
 redis.call('ZADD', P .. 'sandboxes', now, new)
 local deadline = redis.call('ZSCORE', P .. 'deadlines', id)

@@ -147,7 +147,7 @@ class HostStep(bootsteps.StartStopStep):
 
     def _carry_out(self, due: reconcile.Due) -> None:
         for known in due.relaunch:
-            workflow.launch_chain(_order(known), known.spec).apply_async()
+            workflow.relaunch(known)
         for known in due.unwind:
             workflow.step("unwind", _order(known), final=str(known.facts["wanted"])).apply_async()
         for known in due.wait:

@@ -20,6 +20,7 @@ CHUNK = 1000  # commands in one pipeline, ids in one script: the broker does not
 BELLS_KEPT = 100
 EVENTS_KEPT = 100_000
 TERMINAL_KEPT_S = 24 * 3600  # a record of an ended sandbox
+TAKEN_KEPT_S = 400 * 24 * 3600  # who launches a signed spec, where it may be launched elsewhere later
 PULLS_KEPT_S = 30  # what a host pulls, after its last word of it
 
 
@@ -30,6 +31,11 @@ def sandbox_key(container_id: str) -> str:
 def sealed_key(container_id: str) -> str:
     """What of a sandbox's spec clients may write and not read: see `tasks.sealed`."""
     return f"{PREFIX}sealed:{container_id}"
+
+
+def taken_key(signed_as: str) -> str:
+    """Who launches a signed spec: see `tasks.claims`. Clients have no access to it."""
+    return f"{PREFIX}taken:{signed_as}"
 
 
 def line_key(name: str) -> str:

@@ -37,7 +37,8 @@ from tasks.keys import (
     sealed_key,
 )
 from tasks.scripts import COUNT, OFFER, TAKE
-from tasks.sealed import kind_of, needs, seal
+from tasks.sealed import beside, kind_of, needs, parts, seal
+from tasks.signing import Signer
 from tasks.state import State
 from tasks.view import command_of
 from worker.journal import now, seconds
@@ -54,7 +55,11 @@ class Lines(Batches):
         self._count = client.register_script(COUNT)
 
     def enqueue(
-        self, batch: str, ids_and_specs: Sequence[tuple[str, Spec]], plan: BatchPlan | None = None
+        self,
+        batch: str,
+        ids_and_specs: Sequence[tuple[str, Spec]],
+        plan: BatchPlan | None = None,
+        signer: Signer | None = None,
     ) -> None:
         """Write a batch and records of new ids as `queued`, and offer them to the hosts.
 
@@ -64,7 +69,7 @@ class Lines(Batches):
             BadInput: The plan asks for more successes than there are sandboxes, or a spec is too large.
         """
         plan = plan or BatchPlan()
-        sealed = [seal(spec) for _, spec in ids_and_specs]
+        texts = [seal(spec) for _, spec in ids_and_specs]
         at, score, total = now(), time.time(), len(ids_and_specs)
         first = plan.first(total)
         key, fields = batch_key(batch), plan.fields(total)
@@ -81,11 +86,13 @@ class Lines(Batches):
             part = ids_and_specs[start : start + CHUNK]
             free = part[: max(0, first - start)]
             pipe = self.client.pipeline()
-            for (container_id, spec), (text, beside) in zip(part, sealed[start : start + CHUNK], strict=True):
+            for (container_id, spec), text in zip(part, texts[start : start + CHUNK], strict=True):
+                words = parts(container_id, batch, text, spec.env) if signer else []
+                sealed = beside(spec, signer.sign("spec", words) if signer else None)
                 raw = new_record(container_id, batch, State.QUEUED, at, spec, text)
                 pipe.hset(sandbox_key(container_id), mapping=raw)
-                if beside is not None:
-                    pipe.set(sealed_key(container_id), beside)
+                if sealed is not None:
+                    pipe.set(sealed_key(container_id), sealed)
             pipe.zadd(SANDBOXES, {one: score + offset * 1e-6 for offset, (one, _) in enumerate(part, start)})
             pipe.rpush(key + ":ids", *(one for one, _ in part))
             pipe.hincrby(key, "total", len(part))

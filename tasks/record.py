@@ -20,16 +20,18 @@ from tasks.keys import (
     EVENTS_KEPT,
     SANDBOXES,
     SWEEPER,
+    TAKEN_KEPT_S,
     TERMINAL_KEPT_S,
     batch_key,
     host_key,
     sandbox_key,
     sealed_key,
+    taken_key,
 )
 from tasks.lines import Lines, new_record
 from tasks.pulls import Pulls
 from tasks.scripts import MARK, NO_RECORD, PUT
-from tasks.sealed import seal, unseal
+from tasks.sealed import beside, seal, unseal
 from tasks.state import TERMINAL, State
 from tasks.view import shape, view
 from worker.journal import Journal, now, seconds
@@ -94,11 +96,15 @@ class Record(Lines, Hosts, Pulls):
         """Begin the record of a sandbox anew: the broker has lost it, the host has not."""
         pipe, container_id, key = self.client.pipeline(), journal.container_id, batch_key(journal.batch)
         spec, begun_at = journal.asked, journal.created_at
-        text, beside = seal(spec)
+        signed = journal.signed or {}
+        text, sealed = signed.get("spec") or seal(spec), beside(spec, signed.get("token"))
         raw = new_record(container_id, journal.batch, State.PLACED, begun_at, spec, text, journal.attempt)
         pipe.hset(sandbox_key(container_id), mapping={**raw, "host": host})
-        if beside is not None:
-            pipe.set(sealed_key(container_id), beside)
+        if sealed is not None:
+            pipe.set(sealed_key(container_id), sealed)
+        if signed:
+            pipe.hset(sandbox_key(container_id), "signed_as", signed["as"])
+            pipe.set(taken_key(signed["as"]), f"{host} {container_id}", nx=True, ex=TAKEN_KEPT_S)
         pipe.zadd(SANDBOXES, {container_id: seconds(journal.created_at)})
         pipe.sadd(host_key(host) + ":sandboxes", container_id)
         memory = journal.spec.memory_bytes or MEMORY_PER_SANDBOX
@@ -219,13 +225,17 @@ class Record(Lines, Hosts, Pulls):
         )
         return (spec, batch or "") if spec else None
 
+    def sealed(self, container_id: str) -> str | None:
+        """What lies beside a record; for hosts: the broker lets no client read it."""
+        return cast("str | None", self.client.get(sealed_key(container_id)))
+
     def whole_spec(self, container_id: str, text: str) -> Spec:
-        """The spec with the values of its environment; for hosts: the broker lets no client read them.
+        """The spec with the values of its environment; for hosts, as above.
 
         Raises:
             BadInput: It is none, as the host sees it.
         """
-        return unseal(text, cast("str | None", self.client.get(sealed_key(container_id))))
+        return unseal(text, self.sealed(container_id))
 
     def wishes_on(self, host: str) -> list[Wish]:
         """What the record has on a host and not ended."""

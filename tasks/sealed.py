@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from worker.errors import BadInput
 from worker.spec import KINDS, Spec
@@ -24,7 +24,8 @@ class Sealed(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True, hide_input_in_errors=True)
 
     kind: Literal["sealed/v1"] = "sealed/v1"
-    env: dict[str, str]
+    env: dict[str, str] = Field(default_factory=dict)
+    token: str | None = None  # who signed the spec (`tasks.signing`); the host judges it
 
 
 def kind_of(spec: Spec) -> str:
@@ -32,8 +33,8 @@ def kind_of(spec: Spec) -> str:
     return KIND if spec.env else spec.kind
 
 
-def seal(spec: Spec) -> tuple[str, str | None]:
-    """The spec as the record has it, and what is to lie beside it; None: nothing.
+def seal(spec: Spec) -> str:
+    """The spec as the record has it.
 
     Raises:
         BadInput: It is too large.
@@ -42,12 +43,33 @@ def seal(spec: Spec) -> tuple[str, str | None]:
     if len(text) > MOST_BYTES:
         raise BadInput("spec", f"it has {len(text)} bytes", f"{MOST_BYTES} are the most: use a mount")
     if not spec.env:
-        return text, None
+        return text
     fields = json.loads(text)
     fields |= {"kind": KIND, "env": dict.fromkeys(spec.env)}
-    return json.dumps(fields, separators=(",", ":"), ensure_ascii=False), Sealed(
-        env=spec.env
-    ).model_dump_json()
+    return json.dumps(fields, separators=(",", ":"), ensure_ascii=False)
+
+
+def beside(spec: Spec, token: str | None) -> str | None:
+    """What is to lie beside a record; None: nothing."""
+    return Sealed(env=spec.env, token=token).model_dump_json() if spec.env or token else None
+
+
+def parts(container_id: str, batch: str, text: str, env: Mapping[str, str]) -> list[str]:
+    """What is signed: the spec as the record has it, whichever release wrote it, and its values."""
+    return [container_id, batch, text, json.dumps(env, sort_keys=True, separators=(",", ":"))]
+
+
+def token_of(beside: str | None) -> tuple[str | None, dict[str, str]]:
+    """The signature that lies beside a record, if any, and the values.
+
+    Raises:
+        BadInput: It is of another release, or of nobody.
+    """
+    try:
+        found = Sealed.model_validate_json(beside) if beside is not None else Sealed()
+    except ValidationError as error:
+        raise BadInput("spec", words_of(error), "run it again") from None
+    return found.token, found.env
 
 
 def unseal(text: str, beside: str | None) -> Spec:

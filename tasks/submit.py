@@ -16,7 +16,7 @@ from tasks.connection import public_url
 from tasks.messages import Order, PullOrder
 from tasks.record import Record
 from tasks.sealed import kind_of
-from tasks.signing import Signer
+from tasks.signing import Signer, signer
 from tasks.state import TERMINAL, State
 from worker.errors import BadInput, BrokerError
 from worker.settings import Settings
@@ -46,10 +46,10 @@ def submit(
     if batch is not None and plan is not None and record.batch(batch) is not None:
         raise BadInput(f"batch {batch}", "there is one already", "choose another name")
     batch = batch or "b-" + secrets.token_hex(6)
-    ids = [new_container_id() for _ in specs]
+    ids, signed_by = [new_container_id() for _ in specs], signer(settings)
     ids_and_specs = list(zip(ids, specs, strict=True))
     try:
-        record.enqueue(batch, ids_and_specs, plan)
+        record.enqueue(batch, ids_and_specs, plan, signed_by)
         _ask_elders(app, record, ids_and_specs[: (plan or BatchPlan()).first(len(ids))])
     except (redis.ConnectionError, redis.TimeoutError, KombuError) as error:
         raise BrokerError(

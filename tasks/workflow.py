@@ -20,12 +20,13 @@ from celery.canvas import Signature
 from celery.exceptions import Ignore, Reject
 from kombu.exceptions import KombuError
 
+from tasks import claims
 from tasks.app import make_app, options, settings
-from tasks.batch import NAME
 from tasks.connection import connect
 from tasks.messages import Order, read_order
 from tasks.record import Record
 from tasks.scripts import BROKEN
+from tasks.signing import Refused
 from tasks.state import State
 from tasks.submit import cancel
 from worker import conmon, ends, fetcher, logs, procs
@@ -119,16 +120,17 @@ def place(self: "Task[Any, Any]", message: dict[str, Any]) -> dict[str, str]:
     except (redis.ConnectionError, redis.TimeoutError) as error:
         raise Reject(error, requeue=True) from error
     try:
-        spec = _spec_of(order, known)
+        spec, signed = claims.spec_of(settings(), record(), order.container_id, known)
         if spec.deadline_at is not None and datetime.fromisoformat(spec.deadline_at) <= datetime.now(UTC):
             why = f"its deadline, {spec.deadline_at}, has passed before a host had room"
             _refuse(order, why, "deadline")
             raise SandbatchError(order.container_id, why)
         spec = with_host_limits(spec, settings())
         sandboxes = settings().sandboxes_dir
-        journals.create(sandboxes, order.container_id, attempt=order.attempt, batch=known[1], spec=spec)
-    except (ValueError, BadInput) as error:
-        _refuse(order, f"the host refuses the spec: {error}")
+        name, attempt, batch = order.container_id, order.attempt, known[1]
+        journals.create(sandboxes, name, attempt=attempt, batch=batch, spec=spec, signed=signed)
+    except (ValueError, BadInput, Refused) as error:
+        _refuse(order, f"the host refuses the spec: {claims.why(error)}")
         raise
     except (redis.ConnectionError, redis.TimeoutError) as error:
         raise Reject(error, requeue=True) from error
@@ -146,26 +148,50 @@ def place(self: "Task[Any, Any]", message: dict[str, Any]) -> dict[str, str]:
                 want_end(journal, State.CANCELLED)
                 _finish_if_empty(journal)
             elif journal.attempt == order.attempt and not journal.begun and not journal.is_unwinding:
-                launch_chain(order, journal.spec).apply_async()
+                _launch(journal)
                 if spec.deadline_at is not None:
                     hand_over(settings(), order.container_id)
     except JournalError:
         raise Ignore from None  # ended and forgotten since
+    except (redis.ConnectionError, redis.TimeoutError) as error:
+        raise Reject(error, requeue=True) from error
     if journal.final:
         _tell_end(journal)
     return {"host": host}
 
 
-def _spec_of(order: Order, known: tuple[str, str]) -> Spec:
-    """The spec of the record, judged anew: whoever wrote it may have gone round the client.
+def relaunch(known: Journal) -> None:
+    """Publish the stages of a sandbox again, or for the first time if a worker was lost just before that."""
+    try:
+        claims.claim(settings(), record().client, known)
+        launch_chain(_order_of(known), known.spec).apply_async()
+    except Refused as error:
+        with journals.locked(settings().sandboxes_dir, known.container_id, wait_s=BUSY_WAIT_S) as journal:
+            _end_refused(journal, error)
+        if journal.final:
+            _tell_end(journal)
 
-    Raises:
-        BadInput: This host does not launch it.
-    """
-    spec, batch = known
-    if not NAME.fullmatch(batch):
-        raise BadInput("batch", "it is no name of a batch", "letters, digits, '_', '.', '-', at most 63")
-    return record().whole_spec(order.container_id, spec)
+
+def _launch(journal: Journal) -> None:
+    """Publish its stages, once it is sure that no other host launches the same signed spec."""
+    try:
+        claims.claim(settings(), record().client, journal)
+    except Refused as error:
+        _end_refused(journal, error)
+    else:
+        launch_chain(_order_of(journal), journal.spec).apply_async()
+
+
+def _end_refused(journal: Journal, error: Refused) -> None:
+    if not journal.is_unwinding:
+        journal.set_facts(reason="refused")
+        words = f"the host refuses the spec: {claims.why(error)}"
+        want_end(journal, State.FAILED, {"stage": "place", "message": words})
+    _begin_undo(journal)
+
+
+def _order_of(journal: Journal) -> Order:
+    return Order(container_id=journal.container_id, attempt=journal.attempt)
 
 
 def _refuse(order: Order, message: str, reason: str = "refused") -> None:
@@ -436,10 +462,11 @@ def forget(journal: Journal) -> None:
     try:
         with journals.locked(sandboxes, container_id, wait_s=BUSY_WAIT_S) as current:
             if current.final:
+                claims.end(settings(), record().client, current)
                 if not current.facts.get("forget"):
                     logs.keep(settings(), current)
                 current.remove()
-    except (Busy, JournalError):
+    except (Busy, JournalError, redis.RedisError):
         return  # another task has just done it, or does it now; if it dies over it, reconcile does it
 
 

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -87,6 +87,9 @@ class Journal:
     # wanted, error, final, stuck; running_at, ended_at, exit_code, reason; stop; restarts, restart_at;
     # image_digest; pulling, fetched (while it waits for its image); gone (how often that went meanwhile)
     facts: dict[str, Any] = field(default_factory=dict)
+    signed: dict[str, str] | None = (
+        None  # what the broker must know again of the spec's signature, if it had one
+    )
     _begun: dict[str, bool] = field(default_factory=dict)  # stage -> done; absent: not begun or undone
     _stale: set[str] = field(default_factory=set)  # begun by an attempt that is over
     _spec: Spec | None = None  # with what its image says, once that is there
@@ -240,7 +243,15 @@ class Journal:
         self.runs.append(StageRun(stage, verb, state, at, at, 0.0, error))  # its begin was not written
 
 
-def create(sandboxes_dir: Path, container_id: str, *, attempt: int, batch: str, spec: Spec) -> Journal:
+def create(
+    sandboxes_dir: Path,
+    container_id: str,
+    *,
+    attempt: int,
+    batch: str,
+    spec: Spec,
+    signed: Mapping[str, str] | None = None,
+) -> Journal:
     """Begin the journal of a new sandbox; the one that is there if there is one already.
 
     Raises:
@@ -256,6 +267,7 @@ def create(sandboxes_dir: Path, container_id: str, *, attempt: int, batch: str, 
         "boot_id": boot_id(),
         "t": now(),
         "spec": spec.model_dump(),
+        **({"signed": dict(signed)} if signed else {}),
     }
     while not (folder / FILE).exists():
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -315,12 +327,15 @@ def read(folder: Path, *, cut: bool = False) -> Journal:
             boot=head["boot_id"],
             created_at=head["t"],
             asked=Spec(**head["spec"]),
+            signed=head.get("signed"),
         )
         if not CONTAINER_ID.fullmatch(journal.container_id) or journal.container_id != folder.name:
             why = f"is of {journal.container_id!r}"
             raise JournalError(str(path), why, "its folder has another name", "foreign")
         for line in lines[1:]:
             journal._apply(json.loads(line))
+        if journal.signed is not None and {"as", "token", "spec"} - set(map(str, journal.signed)):
+            raise ValueError("signed is no signature")
         if not isinstance(journal.attempt, int) or not isinstance(journal.seq, int):
             raise ValueError("attempt and seq are numbers")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

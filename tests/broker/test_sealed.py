@@ -8,7 +8,7 @@ from tasks.elder import hand_out
 from tasks.keys import SANDBOXES, sandbox_key, sealed_key
 from tasks.record import Record
 from tasks.rows import read
-from tasks.sealed import MOST_BYTES, seal, unseal
+from tasks.sealed import MOST_BYTES, beside, seal, unseal
 from tasks.state import State
 from tasks.submit import submit
 from tests.broker.conftest import take
@@ -128,7 +128,7 @@ def test_a_spec_that_is_too_large_is_refused_before_anything_is_written(record, 
 
 
 @pytest.mark.parametrize(
-    ("change", "beside"),
+    ("change", "given"),
     [
         ({}, None),
         ({}, "{}"),
@@ -155,13 +155,13 @@ def test_a_spec_that_is_too_large_is_refused_before_anything_is_written(record, 
     ],
     ids=range(22),
 )
-def test_whatever_somebody_has_written_is_refused_with_words_and_without_a_value(change, beside):
-    text, own = seal(SPEC)
+def test_whatever_somebody_has_written_is_refused_with_words_and_without_a_value(change, given):
+    text, own = seal(SPEC), beside(SPEC, None)
     limit = 10**5000 in change.values()
     fields = {**json.loads(text), **({"memory_bytes": "@"} if limit else change)}
     text = json.dumps(fields).replace('"@"', "9" * 5000)
     with pytest.raises(BadInput) as caught:
-        unseal(text, own if beside is ... else beside)
+        unseal(text, own if given is ... else given)
     assert SECRET not in str(caught.value)
     assert len(str(caught.value)) < 400
     assert caught.value.__cause__ is None
