@@ -22,6 +22,7 @@ from tasks.keys import (
 )
 from tasks.state import TERMINAL, UNKNOWN, State
 from worker.journal import now
+from worker.spec import CONTAINER_ID
 
 HEARTBEAT_S = 5.0
 HOST_LOST_S = 30.0
@@ -106,7 +107,8 @@ class Hosts:
 
     def ids_on(self, host: str) -> list[str]:
         """What a host has and has not ended, as far as the record goes."""
-        return sorted(cast("set[str]", self.client.smembers(host_key(host) + ":sandboxes")))
+        found = cast("set[str]", self.client.smembers(host_key(host) + ":sandboxes"))
+        return sorted(one for one in found if CONTAINER_ID.fullmatch(one))  # it becomes a name of a folder
 
     def drop_host(self, host: str) -> bool:
         """Forget a host whose sandboxes have ended in the record; False if it lives."""

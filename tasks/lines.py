@@ -42,7 +42,7 @@ from tasks.signing import Signer
 from tasks.state import State
 from tasks.view import command_of
 from worker.journal import now, seconds
-from worker.spec import HOST_NAME, KINDS, Spec
+from worker.spec import CONTAINER_ID, HOST_NAME, KINDS, Spec
 
 
 class Lines(Batches):
@@ -151,7 +151,11 @@ class Lines(Batches):
         have = {"memory": 0, "each": 0, "labels": {}, "rooms": {}, "kinds": KINDS, "now": time.time(), **have}
         args: list[str | float] = [host, now(), EVENTS_KEPT, json.dumps(have), most]
         taken, admitted = (
-            [(one, int(attempt)) for one, attempt in zip(answer[::2], answer[1::2], strict=True)]
+            [
+                (one, int(attempt))
+                for one, attempt in zip(answer[::2], answer[1::2], strict=True)
+                if CONTAINER_ID.fullmatch(one) and str(attempt).isdecimal()  # else somebody wrote it by hand
+            ]
             for answer in self._take(keys=[], args=args)
         )
         return taken, admitted
