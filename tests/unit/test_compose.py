@@ -8,6 +8,7 @@ import copy
 import json
 import os
 import re
+import signal
 import subprocess
 import time
 import tomllib
@@ -29,7 +30,9 @@ from worker.settings import Settings
 
 ROOT = Path(__file__).parent.parent.parent
 SECRETS = {"SANDBATCH_BROKER_PASSWORD": "a1b2c3", "FLOWER_BASIC_AUTH": "admin:d4e5f6"}
-VARIABLE = re.compile(r"\$(?:(?P<dollar>\$)|\{(?P<name>\w+)(?P<required>:\?[^}]*)?\})")
+VARIABLE = re.compile(
+    r"\$(?:(?P<dollar>\$)|\{(?P<name>\w+)(?:(?P<required>:\?[^}]*)|:-(?P<default>[^}]*))?\})"
+)
 COMMAND = typer.main.get_command(app)
 
 
@@ -58,13 +61,15 @@ class VariableMissing(Exception):
 
 
 def interpolate(text: str, environment: dict[str, str]) -> str:
-    """`$$`, `${NAME}` and `${NAME:?words}`, as compose reads them; nothing else is used here."""
+    """`$$`, `${NAME}`, `${NAME:-value}` and `${NAME:?words}`, as compose reads them; no other is used."""
 
     def value(match: re.Match[str]) -> str:
         if match["dollar"]:
             return "$"
         if match["required"] and not environment.get(match["name"]):
             raise VariableMissing(match["name"])
+        if match["default"] is not None:
+            return environment.get(match["name"]) or match["default"]
         return environment[match["name"]]
 
     return VARIABLE.sub(value, text)
@@ -211,8 +216,9 @@ def test_the_others_wait_for_a_broker_that_answers(services: dict[str, Any]) -> 
 
 def test_the_worker_works_in_the_namespaces_of_the_host(worker: dict[str, Any]) -> None:
     """Bridges and firewall rules are the host's, and undo finds processes wherever they were started."""
-    wanted = {"network_mode": "host", "pid": "host", "cgroup": "host", "privileged": True, "init": True}
+    wanted = {"network_mode": "host", "pid": "host", "cgroup": "host", "privileged": True}
     assert {name: worker[name] for name in wanted} == wanted
+    assert "init" not in worker  # podman refuses it beside the host's processes
     assert "ports" not in worker
 
 
@@ -247,6 +253,45 @@ def test_the_worker_may_finish_a_stage_before_it_is_killed(worker: dict[str, Any
     assert int(worker["stop_grace_period"].removesuffix("s")) > STOP_S
 
 
+def test_the_worker_is_told_to_stop_by_a_signal_that_its_sandboxes_ignore(worker: dict[str, Any]) -> None:
+    """podman sends it to all processes of a container without a process namespace of its own."""
+    assert worker["stop_signal"] == "SIGWINCH"
+    assert "\ntrap stopping=1 WINCH\n" in worker["command"][-1]
+
+
+STAND_IN = """#!/bin/sh
+echo "$*" >> "$CALLS"
+case $1 in
+  worker) trap 'exit 0' TERM; echo up >> "$CALLS"; while :; do sleep 0.05; done ;;
+  stop) exit "$STOP_CODE" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("stop_code", [0, 1])
+def test_a_workers_sandboxes_are_stopped_before_it(
+    worker: dict[str, Any], tmp_path: Path, stop_code: int
+) -> None:
+    """While it lives, as it is the worker that undoes; a stop that fails keeps nobody from ending."""
+    calls, program = tmp_path / "calls", tmp_path / "sandbatch"
+    program.write_text(STAND_IN)
+    program.chmod(0o755)
+    argv = [*worker["entrypoint"], *(interpolate(word, SECRETS) for word in worker["command"])]
+    environment = {"CALLS": str(calls), "STOP_CODE": str(stop_code), "SANDBATCH_HOST": "moon"}
+    process = subprocess.Popen(argv, env={**environment, "PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    try:
+        deadline = time.monotonic() + 20
+        while not calls.is_file() or "up" not in calls.read_text().split():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGWINCH)
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait()
+    assert calls.read_text().splitlines() == ["worker", "up", "stop --host moon --time 5"]
+
+
 # -- in step with the code -----------------------------------------------------------------------
 
 
@@ -262,7 +307,11 @@ def test_every_variable_of_ours_is_a_setting(services: dict[str, Any], name: str
 @pytest.mark.parametrize("name", ["worker", "flower"])
 def test_commands_and_their_options_exist(services: dict[str, Any], name: str) -> None:
     """Parsed by the command line itself, which refuses what it does not know."""
-    command, *args = services[name]["command"]
+    words = services[name]["command"]
+    if name == "worker":  # the line of its script that starts it
+        line = next(line for line in words[-1].splitlines() if line.startswith("sandbatch "))
+        words = line.partition(" &")[0].split()[1:]
+    command, *args = words
     assert isinstance(COMMAND, typer.core.TyperGroup)
     COMMAND.commands[command].make_context(command, list(args))
 
