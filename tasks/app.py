@@ -7,6 +7,7 @@ from celery import Celery
 from kombu import Exchange, Queue
 
 from tasks import transport
+from tasks.connection import tls
 from tasks.envelope import Guard
 from worker.settings import Settings, load_settings
 
@@ -77,6 +78,7 @@ def make_app(current: Settings, owner: str) -> Celery:
     app = Celery("sandbatch", broker=broker_url(current), set_as_current=False, task_cls=task_cls)
     app.conf.update(
         broker_transport_options={**transport_options(owner), "guard": guard},
+        broker_use_ssl=tls(current) or None,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
         broker_connection_timeout=4,

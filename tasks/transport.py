@@ -55,6 +55,10 @@ class Channel(redis.Channel):
 
     _kept: Any = None
 
+    def _connparams(self, asynchronous: bool = False) -> dict[str, Any]:
+        found: dict[str, Any] = super()._connparams(asynchronous)  # type: ignore[misc]
+        return {**found, "driver_info": None}  # as `tasks.connection`
+
     def _create_client(self, asynchronous: bool = False) -> Any:
         create: Any = super()._create_client  # type: ignore[misc]  # the stubs do not have it
         if asynchronous:  # kombu itself keeps these

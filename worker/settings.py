@@ -27,6 +27,7 @@ from worker.spec_parts import host_labels, size
 
 DEFAULT_CONFIG = Path("/etc/sandbatch/sandbatch.toml")
 BROKER_SCHEMES = ("redis://", "rediss://", "redis+socket://", "unix://")
+NOT_CHECKED = re.compile(r"[?&]ssl_(cert_reqs|check_hostname)=(?!required|true)", re.IGNORECASE)
 LOGIN = re.compile(r"://.*@|(?<=[?&]password=)[^&'\"]*")  # of a URL in an error
 PORTS = re.compile(r"^(?P<first>[0-9]{1,5})-(?P<last>[0-9]{1,5})$")
 PLAIN_NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_-]{0,63}$")
@@ -43,6 +44,12 @@ class Settings(BaseSettings):
     )
 
     broker_url: str = ""
+    broker_ca: Path | None = Field(
+        None, description="certificate of who has signed that of a rediss:// broker"
+    )
+    broker_group: str = Field(
+        "", description="group that may open the embedded broker's socket, besides root"
+    )
     host: str = Field(default_factory=lambda: socket.gethostname().split(".")[0] or "localhost")
     capacity: int = Field(default_factory=lambda: _capacity_from_memory(), gt=0)
     slots: int = Field(default_factory=lambda: 2 * (os.cpu_count() or 1), gt=0)
@@ -166,6 +173,8 @@ class Settings(BaseSettings):
             _ = urlsplit(value).port
         except ValueError:  # its words may hold a part of the password
             raise ValueError("it is no URL; in a password '/' is written %2F, ':' %3A, '@' %40") from None
+        if NOT_CHECKED.search(value):
+            raise ValueError("the broker's certificate is always looked at; name its CA with broker_ca")
         return value
 
     @field_validator("cgroup_parent")
@@ -190,10 +199,28 @@ class Settings(BaseSettings):
         faults.parse(self.faults)
         return self
 
-    @field_validator(*("registries_conf", "registry_auth_file", "signing_key", "trusted_keys"), mode="before")
+    @field_validator(
+        *("registries_conf", "registry_auth_file", "signing_key", "trusted_keys", "broker_ca"), mode="before"
+    )
     @classmethod
     def _empty_is_none(cls, value: Any) -> Any:
         return None if value == "" else value
+
+    @field_validator("signing_key", "trusted_keys", "broker_ca")
+    @classmethod
+    def _home_of_a_user(cls, value: Path | None) -> Path | None:
+        try:
+            return value.expanduser() if value else value
+        except RuntimeError:
+            raise ValueError("an absolute path is needed, or one that begins with ~/") from None
+
+    @model_validator(mode="after")
+    def _a_ca_is_of_a_broker_with_tls(self) -> "Settings":
+        if self.broker_ca and not self.broker_url.startswith("rediss://"):
+            raise ValueError(
+                "broker_ca is given, and broker_url is none of rediss://: nothing would be encrypted"
+            )
+        return self
 
     @field_validator(
         *("state_dir", "run_dir", "cni_conf_dir", "cni_cache_dir"),
@@ -203,7 +230,7 @@ class Settings(BaseSettings):
     def _paths_are_absolute(cls, value: Path | tuple[Path, ...]) -> Path | tuple[Path, ...]:
         return tuple(map(_absolute, value)) if isinstance(value, tuple) else _absolute(value)
 
-    @field_validator("registries_conf", "registry_auth_file", "signing_key", "trusted_keys")
+    @field_validator("registries_conf", "registry_auth_file", "signing_key", "trusted_keys", "broker_ca")
     @classmethod
     def _file_is_absolute(cls, value: Path | None) -> Path | None:
         return None if value is None else _absolute(value)

@@ -95,6 +95,9 @@ def test_settings_cannot_be_changed():
         ("broker_url", " redis://h", "redis://"),
         ("broker_url", "redis://h:port", "no URL"),
         ("broker_url", "redis://[h", "no URL"),
+        ("broker_url", "rediss://h?ssl_cert_reqs=none", "always looked at"),
+        ("broker_url", "rediss://h/0?a=b&ssl_check_hostname=False", "always looked at"),
+        ("broker_ca", "ca.crt", "absolute path"),
     ],
 )
 def test_a_wrong_value_is_refused_with_its_name_and_what_is_allowed(monkeypatch, name, value, allowed):
@@ -179,6 +182,24 @@ def test_limits_may_have_units_and_zero_is_none(monkeypatch):
     monkeypatch.setenv("SANDBATCH_DEFAULT_PIDS", "0")
     settings = load_settings()
     assert (settings.default_memory, settings.default_cpus, settings.default_pids) == (2**29, 0.5, None)
+
+
+def test_a_ca_without_tls_is_refused(monkeypatch):
+    """Whoever names one wants nobody to read along; a URL of redis:// would let everybody."""
+    monkeypatch.setenv("SANDBATCH_BROKER_CA", "/ca.crt")
+    for url in ("", "redis://u:secret@h"):
+        monkeypatch.setenv("SANDBATCH_BROKER_URL", url)
+        assert "broker_url is none of rediss://" in refusal()
+        assert "secret" not in refusal()
+    monkeypatch.setenv("SANDBATCH_BROKER_URL", "rediss://h")
+    assert load_settings().broker_ca == Path("/ca.crt")
+
+
+def test_keys_of_a_user_may_lie_in_a_home(monkeypatch, tmp_path):
+    """The file of `sandbatch keys` is made before anybody knows whose home it is copied to."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    settings = load_settings(broker_url="rediss://h", broker_ca="~/ca.crt", signing_key="~/user-a.key")
+    assert (settings.broker_ca, settings.signing_key) == (tmp_path / "ca.crt", tmp_path / "user-a.key")
 
 
 def test_a_default_with_which_nothing_starts_is_refused(monkeypatch):
