@@ -24,8 +24,8 @@ lint: $(VENV)/.dev
 host: $(VENV)/.installed
 	@if [ "$$(id -u)" = 0 ]; then $(BIN)/sandbatch setup; fi
 
-# What the tests look at a host with.
-TEST_PROGRAMS := nft:nftables ip:iproute2 podman:podman runc:runc busybox:busybox-static chromium:chromium chromedriver:chromium-driver
+# What the tests look at a host with. redis-tools has redis-server by another name, and starts none.
+TEST_PROGRAMS := nft:nftables ip:iproute2 podman:podman runc:runc busybox:busybox-static chromium:chromium chromedriver:chromium-driver redis-check-rdb:redis-tools
 test-host: host
 	@for one in $(TEST_PROGRAMS); do \
 	  command -v $${one%%:*} >/dev/null || [ "$$(id -u)" != 0 ] || apt-get -qq install -y --no-install-recommends $${one##*:} >/dev/null || exit 1; \

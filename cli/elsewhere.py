@@ -22,6 +22,7 @@ MODULES = {
     "images": "cli.images",
     "image": "cli.images",
     "pull": "cli.pull",
+    "keys": "cli.keys",
 }
 
 

@@ -71,10 +71,12 @@ def setup(
 @app.command(epilog="Example: sandbatch doctor --json")
 def doctor(as_json: Json = False) -> None:
     """Show what a host needs: found, version, ok or the mend. Exit 0 only if all is ok."""
+    from tasks.key_rows import key_rows
     from worker.doctor import doctor as look
 
     with errors_for_humans():
-        rows = look(load_settings())
+        settings = load_settings()
+        rows = [*look(settings), *key_rows(settings)]
         if as_json:
             print_json([row.__dict__ for row in rows])
         else:

@@ -166,8 +166,9 @@ class System:
     @contextlib.contextmanager
     def record(self) -> Iterator[Record]:
         """What the broker knows, seen from the test."""
-        url = self.env.get("SANDBATCH_BROKER_URL", "")
-        with contextlib.closing(connect(Settings(run_dir=self.run_dir, broker_url=url))) as client:
+        url, ca = self.env.get("SANDBATCH_BROKER_URL", ""), self.env.get("SANDBATCH_BROKER_CA")
+        current = Settings(run_dir=self.run_dir, broker_url=url, broker_ca=Path(ca) if ca else None)
+        with contextlib.closing(connect(current)) as client:
             yield Record(client)
 
     def events(self) -> list[dict[str, str]]:
