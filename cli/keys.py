@@ -24,6 +24,9 @@ def keys(
     ] = None,
     hosts: Annotated[str, typer.Option(metavar="NAME,…", help="Of hosts, as in `sandbatch hosts`.")] = "",
     users: Annotated[str, typer.Option(metavar="NAME,…", help="Of those who may launch.")] = "",
+    new_password: Annotated[
+        str | None, typer.Option(metavar="cli|worker|flower", help="Change this login of the broker.")
+    ] = None,
     no_tls: Annotated[bool, typer.Option("--no-tls", help="For a network that nobody else is in.")] = False,
 ) -> None:
     """Make certificates, logins of the broker and signing keys; print the folders to be copied.
@@ -33,7 +36,9 @@ def keys(
     from tasks.fleet_keys import BROKER_PLACE, FLOWER_PLACE, HOST_PLACE, USER_PLACE, write_keys
 
     with errors_for_humans():
-        written = write_keys(folder, broker, _names(hosts), _names(users), has_tls=not no_tls)
+        written = write_keys(
+            folder, broker, _names(hosts), _names(users), has_tls=not no_tls, renew=new_password
+        )
         places = {"broker": BROKER_PLACE, "flower": FLOWER_PLACE, "host": HOST_PLACE, "user": USER_PLACE}
         words = {
             "broker": f"there, for its redis alone, whose settings then include {BROKER_PLACE}/redis.conf",
@@ -48,6 +53,9 @@ def keys(
         for path in written.trusted:
             print(path)
             say(f"  has new public keys: copy it to {HOST_PLACE}/trusted of that host; no restart is needed")
+        for path in written.changed:
+            print(path)
+            say("  has a new password: copy it; the broker reads its file at ACL LOAD")
         say(f"keep the rest of {folder} from everybody: ca.key and fleet.json make all of this anew")
 
 

@@ -14,7 +14,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tasks import acl, certificates
@@ -52,14 +52,23 @@ class Written:
     """The folders that are new, the files that were there and have grown."""
 
     new: list[Path] = field(default_factory=list)
+    changed: list[Path] = field(default_factory=list)  # files with a new password
     trusted: list[Path] = field(default_factory=list)  # folders of public keys that have new ones
 
 
 def write_keys(
-    folder: Path, broker: str | None, hosts: Sequence[str], users: Sequence[str], *, has_tls: bool = True
+    folder: Path,
+    broker: str | None,
+    hosts: Sequence[str],
+    users: Sequence[str],
+    *,
+    has_tls: bool = True,
+    renew: str | None = None,
 ) -> Written:
     """Write what is not there yet for a broker at HOST[:PORT], these hosts and these users.
 
+    Args:
+        renew: A login of the broker that gets a new password, in all files that have it.
     Raises:
         BadInput: A name is none, or the fleet of the folder has another broker.
     """
@@ -69,10 +78,14 @@ def write_keys(
     for name in users:
         if not KEY_NAME.fullmatch(f"user-{name}"):
             raise BadInput(f"user {name!r}", "it is no name", "letters, digits, '_', '.', '-', at most 63")
+    if renew not in (None, *acl.USERS):
+        raise BadInput(f"--new-password {renew}", "there is no such login", f"one of {', '.join(acl.USERS)}")
     address = _address(broker) if broker else None
     _private(folder)
     fleet = _fleet(folder, address, has_tls)
     written = Written()
+    if renew is not None:
+        fleet = _renew(folder, fleet, renew, written)
     _write_broker(folder, fleet, written)
     (folder / "trusted").mkdir(exist_ok=True, mode=0o755)
     for who in [*(f"host-{one}" for one in hosts), *(f"user-{one}" for one in users)]:
@@ -100,7 +113,7 @@ def _fleet(folder: Path, address: tuple[str, int] | None, has_tls: bool) -> Flee
         fleet = Fleet(*address, has_tls, {name: secrets.token_hex(32) for name in acl.USERS})
         if has_tls and not (folder / "ca.key").exists():
             certificates.make_ca(folder)
-        _write(file, json.dumps(fleet.__dict__, indent=2) + "\n")
+        _write(file, _document(fleet))
         return fleet
     try:
         fleet = Fleet(**json.loads(file.read_text()))
@@ -110,6 +123,25 @@ def _fleet(folder: Path, address: tuple[str, int] | None, has_tls: bool) -> Flee
         words = f"its fleet has the broker {fleet.host}:{fleet.port}{'' if fleet.has_tls else ' without TLS'}"
         raise BadInput(f"folder {folder}", words, "name that one, or a new folder")
     return fleet
+
+
+def _renew(folder: Path, fleet: Fleet, user: str, written: Written) -> Fleet:
+    """Give a login a new password; the rest of the files stays."""
+    old, new = fleet.passwords[user], secrets.token_hex(32)
+    changed = replace(fleet, passwords={**fleet.passwords, user: new})
+    _write(folder / "fleet.json", _document(changed), anew=True)  # of which the others can be made again
+    files = [folder / "broker" / "users.acl", *sorted(folder.glob("*/sandbatch.toml"))]
+    for file in (one for one in files if one.exists()):
+        text = file.read_text()
+        renewed = text.replace(old, new).replace(acl.digest(old), acl.digest(new))
+        if renewed != text:
+            _write(file, renewed, anew=True)
+            written.changed.append(file)
+    return changed
+
+
+def _document(fleet: Fleet) -> str:
+    return json.dumps(fleet.__dict__, indent=2) + "\n"
 
 
 def _write_broker(folder: Path, fleet: Fleet, written: Written) -> None:
@@ -203,9 +235,9 @@ def _copy(file: Path, folder: Path) -> None:
         shutil.copy(file, folder)
 
 
-def _write(path: Path, text: str) -> None:
-    """A file that is root's, or whoever runs it, alone; one that is there stays."""
-    if path.exists():
+def _write(path: Path, text: str, *, anew: bool = False) -> None:
+    """A file for whoever runs this alone; one that is there stays, unless it is to be written anew."""
+    if path.exists() and not anew:
         return
     # First under another name: a run that is cut off must not leave half a file, which would then stay.
     writing = path.with_name(f".{path.name}.new")

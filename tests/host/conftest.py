@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.host.machine import difference, snapshot
+from tests.host.redis_server import RedisServer
 from tests.host.system import System
 
 SUBNETS = (f"10.{number}.0.0/24" for number in count(150))
@@ -56,3 +57,33 @@ def clean_system(system: System) -> Iterator[System]:
     assert system.audit() == []
     # The record knows of the end before the journal's folder goes: the next test must not find it half there.
     system.wait_until(lambda: not list(system.sandboxes.glob("*")), 10, "the journals' folders to go")
+
+
+@pytest.fixture(scope="module")
+def server(host_parts: None, tmp_path_factory: Any) -> Iterator[RedisServer]:
+    """A broker with TLS, users and keys."""
+    made = RedisServer(tmp_path_factory.mktemp("redis"), "test", "alice,bob")
+    yield made
+    made.stop()
+
+
+@pytest.fixture(scope="module")
+def keyed(server: RedisServer, tmp_path_factory: Any) -> Iterator[System]:
+    """A host with keys, and the command line of the user alice."""
+    before = snapshot()
+    made = System(tmp_path_factory.mktemp("keyed"), next(SUBNETS), server.env("user-alice"))
+    host = server.env("host-test")
+    made.worker_url = host["SANDBATCH_BROKER_URL"]
+    made.start(**host)
+    yield made
+    made.remove()
+    assert difference(before, snapshot()) == {}
+
+
+@pytest.fixture
+def clean_keyed(keyed: System) -> Iterator[System]:
+    """The module's host with keys; after the test its sandboxes are removed and the audit is clean."""
+    yield keyed
+    keyed.cli("rm", "--all")
+    assert keyed.audit() == []
+    keyed.wait_until(lambda: not list(keyed.sandboxes.glob("*")), 10, "the journals' folders to go")

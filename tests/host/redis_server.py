@@ -10,7 +10,9 @@ from pathlib import Path
 
 import redis
 
+from tasks.connection import connect
 from tests.conftest import lack
+from worker.settings import Settings
 
 START_S = 20.0
 ADMIN = "an administrator's"  # of the test alone: it looks at ACL LOG
@@ -75,6 +77,11 @@ class RedisServer:
             decode_responses=True,
             driver_info=None,
         )
+
+    def client(self, who: str) -> "redis.Redis":
+        """Connected with the login of these settings."""
+        env = {name.removeprefix("SANDBATCH_").lower(): value for name, value in self.env(who).items()}
+        return connect(Settings(**env))  # type: ignore[arg-type]
 
     def denied(self) -> list[str]:
         """What users were denied since the last look, as `user: reason object`."""

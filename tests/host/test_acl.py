@@ -3,52 +3,21 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import redis
 
-from tasks.connection import connect
-from tests.host.conftest import SUBNETS
-from tests.host.machine import difference, snapshot
 from tests.host.redis_server import RedisServer
 from tests.host.system import SERVER, System
-from tests.host.test_flower import free_port, get
-from worker.settings import Settings
+from tests.host.test_flower import LOGIN, free_port, status
 
 
-@pytest.fixture(scope="module")
-def server(host_parts: None, tmp_path_factory: Any) -> Iterator[RedisServer]:
-    made = RedisServer(tmp_path_factory.mktemp("redis"), "test", "alice,bob")
-    yield made
-    made.stop()
-
-
-@pytest.fixture(scope="module")
-def system(server: RedisServer, tmp_path_factory: Any) -> Iterator[System]:
-    """A host with keys, and the command line of the user alice."""
-    before = snapshot()
-    made = System(tmp_path_factory.mktemp("system"), next(SUBNETS), server.env("user-alice"))
-    host = server.env("host-test")
-    made.worker_url = host["SANDBATCH_BROKER_URL"]
-    made.start(**host)
-    yield made
-    made.remove()
-    assert difference(before, snapshot()) == {}
-
-
-def client_of(server: RedisServer, who: str) -> "redis.Redis":
-    env = {name.removeprefix("SANDBATCH_").lower(): value for name, value in server.env(who).items()}
-    return connect(Settings(**env))
-
-
-def test_a_whole_life_needs_no_more_than_the_users_may(server: RedisServer, clean_system: System, tmp_path):
+def test_a_whole_life_needs_no_more_than_the_users_may(server: RedisServer, clean_keyed: System, tmp_path):
     """TLS, logins and keys as they are written; whatever were denied would be in ACL LOG."""
-    system = clean_system
+    system = clean_keyed
     port, log = free_port(), system.folder / "flower.log"
     argv = [sys.executable, "-m", "cli", "flower", "--port", str(port)]
-    env = {**system.environment, **server.env("flower"), "FLOWER_UNAUTHENTICATED_API": "1"}
+    env = {**system.environment, **server.env("flower"), "FLOWER_BASIC_AUTH": LOGIN}
     env.pop("SANDBATCH_SIGNING_KEY")
     with log.open("wb") as out:
         flower = subprocess.Popen(argv, env=env, stdout=out, stderr=out, start_new_session=True)
@@ -56,8 +25,10 @@ def test_a_whole_life_needs_no_more_than_the_users_may(server: RedisServer, clea
         (one,) = system.run("--env", "WORD=secret", "--label", "a=b", "--wait", *SERVER)
         assert system.show(one)["state"] == "running"
         url = f"http://127.0.0.1:{port}"
-        system.wait_until(lambda: get(f"{url}/api/workers?refresh=1"), 30, "answer of Flower")
-        assert get(f"{url}/api/queues/length")
+        system.wait_until(
+            lambda: status(f"{url}/api/workers?refresh=1", LOGIN) == 200, 30, "answer of Flower"
+        )
+        assert status(f"{url}/api/queues/length", LOGIN) == 200
         assert system.cli("exec", "--env", "A=1", one, "--", "sh", "-c", "echo $WORD").stdout == "secret\n"
         (tmp_path / "file").write_text("text")
         system.cli("cp", str(tmp_path / "file"), f"{one}:/tmp/file")
@@ -76,7 +47,7 @@ def test_a_whole_life_needs_no_more_than_the_users_may(server: RedisServer, clea
         done = system.cli("image", "prune", "--older-than", "7d", check=False)
         assert "permission" not in done.stderr
         system.cli("pull", "oci:/nowhere", "--all-hosts", check=False)
-        system.wait_until(lambda: get(f"{url}/api/tasks"), 30, "tasks in Flower")
+        system.wait_until(lambda: status(f"{url}/api/tasks", LOGIN) == 200, 30, "tasks in Flower")
     finally:
         flower.terminate()
         flower.wait(20)
@@ -118,7 +89,7 @@ FORBIDDEN = {
 def test_what_no_part_of_sandbatch_needs_is_denied(server: RedisServer, user: str):
     """As a command, and within a script."""
     folder = {"cli": "user-alice", "worker": "host-test", "flower": "flower"}[user]
-    client = client_of(server, folder)
+    client = server.client(folder)
     for line in FORBIDDEN[user]:
         with pytest.raises(redis.exceptions.NoPermissionError):
             client.execute_command(*line.split())
@@ -128,12 +99,10 @@ def test_what_no_part_of_sandbatch_needs_is_denied(server: RedisServer, user: st
     server.denied()
 
 
-def test_a_broker_that_is_not_the_fleets_gets_no_password(
-    server: RedisServer, clean_system: System, tmp_path
-):
+def test_a_broker_that_is_not_the_fleets_gets_no_password(server: RedisServer, clean_keyed: System, tmp_path):
     """Its certificate is looked at before anything is said."""
     RedisServer.make_keys_in(tmp_path / "fleet", "--broker", "127.0.0.1", "--users", "mallory")
-    system = clean_system
+    system = clean_keyed
 
     system.env["SANDBATCH_BROKER_CA"] = str(tmp_path / "fleet" / "ca.crt")
     try:
@@ -145,11 +114,11 @@ def test_a_broker_that_is_not_the_fleets_gets_no_password(
     assert "certificate" in done.stderr.lower()
 
 
-def test_doctor_knows_the_keys_of_a_host(server: RedisServer, clean_system: System):
-    clean_system.env |= server.env("host-test")
+def test_doctor_knows_the_keys_of_a_host(server: RedisServer, clean_keyed: System):
+    clean_keyed.env |= server.env("host-test")
     try:
-        rows = {row["name"]: row for row in json.loads(clean_system.cli("doctor", "--json").stdout)}
+        rows = {row["name"]: row for row in json.loads(clean_keyed.cli("doctor", "--json").stdout)}
     finally:
-        clean_system.env = dict(server.env("user-alice"))
+        clean_keyed.env = dict(server.env("user-alice"))
     assert rows["keys"]["version"] == "host-test"
     assert rows["broker CA"]["ok"]

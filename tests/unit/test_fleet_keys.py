@@ -2,6 +2,7 @@
 
 import fnmatch
 import hashlib
+import json
 import ssl
 import tomllib
 from pathlib import Path
@@ -98,6 +99,27 @@ def test_no_password_is_in_the_brokers_file(tmp_path):
     assert [line.split()[1] for line in lines[1:]] == list(acl.USERS)
     assert f"user cli on #{hashlib.sha256(password.encode()).hexdigest()} " in "\n".join(lines)
     assert password not in "\n".join(lines)
+
+
+def test_a_login_gets_a_new_password_wherever_it_is(tmp_path):
+    """Who knew the old one has left; the others' settings stay as they were."""
+    folder = tmp_path / "fleet"
+    write_keys(folder, "broker", ["h1"], ["alice", "bob"])
+    before = files(folder)
+    old = json.loads(before["fleet.json"])["passwords"]
+
+    written = write_keys(folder, None, [], [], renew="cli")
+
+    after, new = files(folder), json.loads((folder / "fleet.json").read_text())["passwords"]
+    assert (new["cli"] != old["cli"], new["worker"]) == (True, old["worker"])
+    names = {"broker/users.acl", "user-alice/sandbatch.toml", "user-bob/sandbatch.toml"}
+    assert {str(path.relative_to(folder)) for path in written.changed} == names
+    assert {name for name in after if after[name] != before[name]} == names | {"fleet.json"}
+    assert new["cli"].encode() in after["user-bob/sandbatch.toml"]
+    assert acl.digest(new["cli"]).encode() in after["broker/users.acl"]
+    assert (folder / "fleet.json").stat().st_mode & 0o077 == 0
+    with pytest.raises(BadInput, match="no such login"):
+        write_keys(folder, None, [], [], renew="admin")
 
 
 @pytest.mark.parametrize("host", ["broker.example", "10.0.0.7", "[fd00::7]"])
