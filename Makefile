@@ -31,11 +31,17 @@ test-host: host
 	  command -v $${one%%:*} >/dev/null || [ "$$(id -u)" != 0 ] || apt-get -qq install -y --no-install-recommends $${one##*:} >/dev/null || exit 1; \
 	done
 	@[ "$$(id -u)" != 0 ] || command -v docker-registry >/dev/null || $(MAKE) -s $(BIN)/docker-registry
+	@[ "$$(id -u)" != 0 ] || command -v promtool >/dev/null || $(MAKE) -s $(BIN)/promtool
 
 # Only its program: on a machine with systemd the package would start a registry on port 5000.
 $(BIN)/docker-registry:
 	@folder=$$(mktemp -d) && cd $$folder && apt-get -qq download docker-registry && dpkg-deb -x docker-registry_*.deb . && \
 	  cp usr/bin/docker-registry $(CURDIR)/$@ && rm -r $$folder
+
+# The same: the package would start a Prometheus on port 9090.
+$(BIN)/promtool:
+	@folder=$$(mktemp -d) && cd $$folder && apt-get -qq download prometheus && dpkg-deb -x prometheus_*.deb . && \
+	  cp usr/bin/promtool $(CURDIR)/$@ && rm -r $$folder
 
 # Kills, hangs and full ranges by a seed; exit 0 only if nothing is left over, lost or doubled.
 SEED ?=

@@ -156,6 +156,7 @@ def audit(
 ) -> None:
     """Compare this host with its journals: prints what should not be there or is missing; 0 if clean."""
     from worker.audit import audit as look
+    from worker.last_audit import note
 
     with errors_for_humans():
         _need_root("audit")
@@ -177,6 +178,7 @@ def audit(
                 table.add_row(one.kind, one.name, one.problem, one.container_id or "-", one.detail)
             output.out.print(table)
         bad = [one for one in findings if one.is_bad]
+        note(settings, (one.kind for one in bad))
         say("audit: clean" if not bad else f"audit: {len(bad)} found")
         if bad:
             raise typer.Exit(1)
@@ -344,9 +346,12 @@ def main() -> None:
 
 def _mend(as_json: bool) -> typer.Exit:
     """Mend, and print what is removed and what is left; the exit."""
+    from worker.last_audit import note
     from worker.mend import mend
 
-    outcomes = mend(load_settings())
+    settings = load_settings()
+    outcomes = mend(settings)
+    note(settings, (one.finding.kind for one in outcomes if not one.mended))
     if as_json:
         rows = [{**one.finding.__dict__, "mended": one.mended, "why": one.why} for one in outcomes]
         print_json(rows)

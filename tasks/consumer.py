@@ -99,6 +99,10 @@ def run_worker(*, log_level: str = "INFO") -> None:
     _worker_pid = os.getpid()
     current = settings()
     faults.arm(current.faults, current.run_dir)
+    if current.metrics_port:
+        from tasks.exporter import serve  # with it comes prometheus_client: 1 MB that others need not have
+
+        serve(current)  # first: what it cannot have is refused before anything is begun
     take_name(current)
     HostStep.due_at_start = reconcile.at_start(current)  # before any message: it fences the old ones off
     gc.collect(current)  # logs what fails, and keeps no worker from its work

@@ -32,6 +32,12 @@ def settle(record: Hosts, current: Settings) -> dict[str, Any] | None:
         return kept
 
 
+def is_drained(current: Settings) -> bool:
+    """As this host's disk remembers it; the broker may know a newer wish for some seconds."""
+    kept = _read(current.state_dir / FILE)
+    return kept is not None and bool(kept["drained"])
+
+
 def _read(file: Path) -> dict[str, Any] | None:
     try:
         found = json.loads(file.read_bytes())

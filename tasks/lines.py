@@ -160,6 +160,13 @@ class Lines(Batches):
         )
         return taken, admitted
 
+    def count_waiting(self) -> int:
+        """How many sandboxes wait in all lines for a host with room; not what its batch holds back."""
+        pipe = self.client.pipeline(transaction=False)
+        for name in cast("set[str]", self.client.smembers(LINES)):
+            pipe.zcard(line_key(name))
+        return sum(pipe.execute())
+
     def offer_again(self, age_s: float) -> None:
         """Put in line what a client of release 0.1.0 has enqueued so long ago and no host has offered."""
         ids = cast("list[str]", self.client.zrangebyscore(OLD_QUEUED, "-inf", time.time() - age_s))

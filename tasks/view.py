@@ -49,7 +49,7 @@ def view(journal: Journal) -> tuple[State, dict[str, str]]:
         fields["waits"] = "1" if journal.waits_for_image else "0"  # it holds no launch slot
     current = [run.name for run in journal.runs if run.verb == "do"]
     fields["stage"] = current[-1] if current else ""
-    return _state(journal), fields
+    return state_of(journal), fields
 
 
 def shape(raw: dict[str, str]) -> dict[str, Any]:
@@ -120,7 +120,8 @@ def _list(raw: dict[str, str], name: str) -> list[Any]:
     return list(json.loads(raw[name])) if raw.get(name) else []
 
 
-def _state(journal: Journal) -> State:
+def state_of(journal: Journal) -> State:
+    """The state that a journal says, as the user sees it."""
     if journal.final:
         return State(journal.final)
     if journal.facts.get("stuck"):

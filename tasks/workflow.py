@@ -29,7 +29,7 @@ from tasks.scripts import BROKEN
 from tasks.signing import Refused
 from tasks.state import State
 from tasks.submit import cancel
-from worker import conmon, ends, fetcher, logs, procs
+from worker import conmon, ends, fetcher, logs, outcomes, procs
 from worker import journal as journals
 from worker.errors import BadInput, Busy, JournalError, SandbatchError
 from worker.journal import Journal
@@ -110,7 +110,7 @@ def undo_chain(order: Order, begun: list[str]) -> Signature[Any]:
 @app.task(name="sandbatch.place", bind=True, max_retries=None)
 def place(self: "Task[Any, Any]", message: dict[str, Any]) -> dict[str, str]:
     """Begin the journal of a sandbox that this host has taken, publish its stages; returns the host."""
-    order, host = read_order(message), settings().host
+    order, host, began_s = read_order(message), settings().host, time.monotonic()
     try:
         known, where = record().spec(order.container_id), record().placement(order.container_id)
         if known and where and where[0] == State.QUEUED:  # a client of release 0.1.0 asks by message
@@ -149,6 +149,8 @@ def place(self: "Task[Any, Any]", message: dict[str, Any]) -> dict[str, str]:
                 _finish_if_empty(journal)
             elif journal.attempt == order.attempt and not journal.begun and not journal.is_unwinding:
                 _launch(journal)
+                result = "failed" if journal.is_unwinding else "done"
+                outcomes.tell_place(result, time.monotonic() - began_s)
                 if spec.deadline_at is not None:
                     hand_over(settings(), order.container_id)
     except JournalError:
@@ -198,6 +200,8 @@ def _refuse(order: Order, message: str, reason: str = "refused") -> None:
     """End a sandbox at `place`: nothing of it has been begun."""
     fields = {"error": json.dumps({"stage": "place", "message": message[:400]}), "reason": reason}
     record().put(order.container_id, State.FAILED, order.attempt, fields)
+    outcomes.tell_place("failed", 0.0)
+    outcomes.tell_end(State.FAILED, reason)
 
 
 def _stage_task(name: str) -> None:

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -27,6 +27,7 @@ VERSION = "journal/v1"
 FILE = "journal.jsonl"
 SET_ASIDE = re.compile(r"^journal\.jsonl\.(?P<kind>empty|torn|foreign|release-[\w.]+)-\d{8}T\d{6}$")
 NO_FOLDER = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+listener: "Callable[[Journal, dict[str, Any]], None] | None" = None  # hears what this process has noted
 CREATE_WAIT_S = 5.0  # without a journal the lock is held by a twin of `create`, or by audit --mend
 
 
@@ -198,6 +199,8 @@ class Journal:
             os.close(handle)
         faults.point(f"{point}.after")
         self._apply(event)
+        if listener is not None:
+            listener(self, event)
 
     def _apply(self, event: dict[str, Any]) -> None:
         kind, stage, at = event["event"], event.get("stage", ""), event["t"]

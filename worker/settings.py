@@ -1,5 +1,6 @@
 """The settings that every part reads: flags, then `SANDBATCH_*`, then the TOML file, then defaults."""
 
+import ipaddress
 import json
 import os
 import re
@@ -92,6 +93,9 @@ class Settings(BaseSettings):
     )
     reconcile_s: float = Field(15.0, gt=0, description="time between two looks at what is left over")
 
+    metrics_port: int = Field(0, ge=0, le=65535, description="of /metrics for Prometheus; 0: none")
+    metrics_address: str = Field("127.0.0.1", description="the IP address on which it answers")
+
     exec_slots: int = Field(64, ge=0, le=10_000, description="commands of `exec` at a time")
     log_max_bytes: int = Field(10 * 2**20, ge=2**16, le=2**40, description="of one sandbox's log")
     log_keep_s: float = Field(3600.0, ge=0, description="a log stays so long after its sandbox's end")
@@ -163,6 +167,14 @@ class Settings(BaseSettings):
     @classmethod
     def _host_is_a_name(cls, value: str) -> str:
         return host_name(value)
+
+    @field_validator("metrics_address")
+    @classmethod
+    def _metrics_address_is_one(cls, value: str) -> str:
+        try:
+            return str(ipaddress.ip_address(value))
+        except ValueError:
+            raise ValueError("an IP address is needed, such as 127.0.0.1, ::1, 0.0.0.0") from None
 
     @field_validator("broker_url")
     @classmethod

@@ -90,6 +90,8 @@ def test_settings_cannot_be_changed():
         ("runsc_network", "bridge", "sandbox|host|none"),
         ("reconcile_s", "-1", "greater than 0"),
         ("allow_faults", "perhaps", "boolean"),
+        ("metrics_port", "65536", "65535"),
+        ("metrics_address", "localhost", "IP address"),
         ("broker_url", "http://h", "redis://, rediss://, redis+socket://, unix://"),
         ("broker_url", "h:6379", "redis://"),
         ("broker_url", " redis://h", "redis://"),
