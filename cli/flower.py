@@ -21,6 +21,7 @@ FIXED = (
 OURS = {
     "tasks_columns": "args,state,exception,received,runtime,uuid",
     "purge_offline_workers": "3600",
+    "max_tasks": "50000",  # 4.4 KB each
 }
 OPENS = {
     "FLOWER_UNIX_SOCKET": "every user of this machine could open it",

@@ -1,6 +1,7 @@
 """The app that Flower loads (`celery -A tasks.flower flower`), and where ours is stricter than Flower."""
 
 import logging
+import os
 
 from flower import urls
 from flower.app import Flower
@@ -22,12 +23,23 @@ class GuardedMetrics(Metrics):  # type: ignore[misc]  # Flower has no types
         await super().get()
 
 
-def stop(self: Flower) -> None:
-    """Stop, and let the workers send no events for nobody; another Flower turns them on again."""
-    was_started = self.started
-    stop_only(self)
-    if not was_started:
-        return
+def start(self: Flower) -> None:
+    """Serve until a signal, then leave at once.
+
+    Python would wait for Flower's threads first, and one that tells workers something waits for the
+    broker for ever. There is nothing to lose: Flower keeps all in memory.
+    """
+    self.io_loop.add_callback(self.events.on_enable_events)  # else 5 s pass before the first time
+    try:
+        start_only(self)
+    except (KeyboardInterrupt, SystemExit):
+        turn_events_off()
+        logging.shutdown()
+        os._exit(0)
+
+
+def turn_events_off() -> None:
+    """Let the workers send no events for nobody; where another Flower runs, it turns them on again."""
     try:
         with app.connection_for_write() as connection:
             connection.ensure_connection(max_retries=1, timeout=2)  # a broker that is away holds up no end
@@ -40,4 +52,4 @@ METRICS = "/metrics"
 urls.handlers[urls.handlers.index((METRICS, Metrics))] = (METRICS, GuardedMetrics)
 # A worker answers no others (`revoked`, `conf`): not asking spares its log, and a second a page.
 Inspector.inspect_methods = ("stats", "active_queues", "registered", "scheduled", "active", "reserved")
-stop_only, Flower.stop = Flower.stop, stop
+start_only, Flower.start = Flower.start, start

@@ -2,8 +2,6 @@
 
 import base64
 import json
-import os
-import signal
 import socket
 import subprocess
 import sys
@@ -117,14 +115,50 @@ def test_the_page_shows_what_was_done_where_and_what_failed_why(chromium, make_s
 
 def test_flower_that_ends_leaves_no_events(clean_system: System):
     """A worker sends events for who reads them: they cost a third of its main process."""
-    port = free_port()
-    argv = [sys.executable, "-m", "cli", "flower", "--port", str(port)]
-    with (clean_system.folder / "flower.log").open("wb") as log:
-        flower = subprocess.Popen(argv, env=clean_system.environment, stdout=log, stderr=log)
-    try:
-        clean_system.wait_until(lambda: ON in clean_system.log(), 30, "word of Flower to the worker")
-    finally:
-        os.kill(flower.pid, signal.SIGTERM)
-        assert flower.wait(15) == 0
+    flower = flower_of(clean_system)
+
+    flower.terminate()
+
+    assert flower.wait(10) == 0
     clean_system.wait_until(lambda: OFF in clean_system.log(), 10, "word of Flower to the worker")
     assert "Traceback" not in (clean_system.folder / "flower.log").read_text()
+
+
+def test_flower_ends_though_its_broker_has_gone(make_system):
+    """Its threads wait for the broker for ever, and Python would wait for them."""
+    system = make_system()
+    system.start()
+    flower = flower_of(system)
+    system.stop()
+    log = system.folder / "flower.log"
+    system.wait_until(lambda: "Failed to capture events" in log.read_text(), 10, "word of the lost broker")
+
+    flower.terminate()
+
+    assert flower.wait(10) == 0
+    assert "the workers go on to send events" in log.read_text()
+
+
+def flower_of(system: System) -> "subprocess.Popen[bytes]":
+    """A `sandbatch flower` that has turned the worker's events on."""
+    argv = [sys.executable, "-m", "cli", "flower", "--port", str(free_port())]
+    with (system.folder / "flower.log").open("wb") as log:
+        flower = subprocess.Popen(argv, env=system.environment, stdout=log, stderr=log)
+    try:
+        system.wait_until(lambda: ON in system.log(), 30, "word of Flower to the worker")
+    except BaseException:
+        flower.kill()
+        raise
+    return flower
+
+
+def test_up_starts_nothing_where_flower_could_not(clean_system: System):
+    """Not even a look at the host comes before it."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for command in (("up", "--flower", "--flower-port", port), ("flower", "--port", port)):
+            done = clean_system.cli(*command, check=False)
+            assert done.returncode == 2
+            assert (
+                f"127.0.0.1, port {port}: Flower cannot listen there: Address already in use" in done.stderr
+            )

@@ -24,7 +24,7 @@ ALL = [
 def test_every_class_of_the_module_is_among_them():
     """A class that somebody adds is tested without a change here."""
     theirs = {one for one in vars(errors).values() if isinstance(one, type)}
-    assert {type(one) for one in ALL} == theirs
+    assert theirs <= {type(one) for one in ALL}, "other modules have some, too, where they are loaded"
 
 
 @pytest.mark.parametrize("error", ALL, ids=lambda error: type(error).__name__)
