@@ -37,7 +37,7 @@ from tasks.keys import (
     sealed_key,
 )
 from tasks.scripts import COUNT, OFFER, TAKE
-from tasks.sealed import beside, kind_of, needs, parts, seal
+from tasks.sealed import beside, kind_of, needs, parts, readable, seal
 from tasks.signing import Signer
 from tasks.state import State
 from tasks.view import command_of
@@ -206,7 +206,7 @@ class Lines(Batches):
         found = {}
         for container_id, text in zip(ids, pipe.execute(), strict=True):
             if text is not None:
-                found[container_id] = int(json.loads(text).get("memory_bytes") or each)
+                found[container_id] = _bytes(readable(text).get("memory_bytes")) or each
         whole = self.client.pipeline()
         whole.delete(key)
         if found:
@@ -250,12 +250,16 @@ def _needs_of(text: str) -> dict[str, str]:
     try:
         spec, kind = needs(text)
         return needs_of(spec, kind)
-    except ValueError:
+    except (ValueError, RecursionError, TypeError, AttributeError):
         # Of another release: it waits for a host that knows its kind, or refuses it with words.
-        raw = json.loads(text)
+        raw = readable(text)
         kind = re.sub(r"[^a-z0-9/.]", "_", str(raw.get("kind")))
         pinned = f"host:{raw['host']}" if HOST_NAME.fullmatch(str(raw.get("host") or "")) else "any"
         return {"line": f"{pinned}|{kind}|0|", "queue": pinned}
+
+
+def _bytes(given: object) -> int:
+    return given if isinstance(given, int) else 0
 
 
 def _networks(spec: Spec) -> str:

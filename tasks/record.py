@@ -3,7 +3,6 @@
 Each change is one script: compare attempt, sequence and state, write, count, emit the event.
 """
 
-import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from tasks.keys import (
 from tasks.lines import Lines, new_record
 from tasks.pulls import Pulls
 from tasks.scripts import MARK, NO_RECORD, PUT
-from tasks.sealed import beside, seal, unseal
+from tasks.sealed import beside, readable, seal, unseal
 from tasks.state import TERMINAL, State
 from tasks.view import shape, view
 from worker.journal import Journal, now, seconds
@@ -164,7 +163,7 @@ class Record(Lines, Hosts, Pulls):
         for container_id in ids:
             state, attempt, spec = self.client.hmget(sandbox_key(container_id), ["state", "attempt", "spec"])
             if state == State.QUEUED and spec:
-                found.append((container_id, int(attempt or 1), json.loads(spec)["deadline_at"]))
+                found.append((container_id, int(attempt or 1), str(readable(str(spec)).get("deadline_at"))))
             else:  # a host has it, and its own clock
                 self.client.zrem(DEADLINES, container_id)
         return found

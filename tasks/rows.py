@@ -11,6 +11,7 @@ from typing import Any
 
 from tasks.keys import CHUNK, sandbox_key
 from tasks.record import Record
+from tasks.sealed import readable
 
 Row = dict[str, Any]
 FIELDS = (
@@ -82,10 +83,10 @@ def _fill_in(record: Record, rows: Sequence[Row]) -> None:
 
 @lru_cache(maxsize=1024)  # the sandboxes of a batch often have one spec
 def _asked(text: str) -> Row:
-    spec = json.loads(text)
+    spec = readable(text)
     return {
-        "labels": spec.get("labels", {}),
-        "command": " ".join(spec.get("args", [])),
-        "networks": [one["name"] for one in spec.get("networks", [])],
+        "labels": spec.get("labels") or {},
+        "command": " ".join(map(str, spec.get("args") or [])),
+        "networks": [one["name"] for one in spec.get("networks") or []],
         "host": spec.get("host"),
     }

@@ -98,10 +98,23 @@ def unseal(text: str, beside: str | None) -> Spec:
         raise BadInput("spec", "it is no JSON object", "what has written it?") from None
 
 
-def without_values(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """A spec as anybody may see it; one of release 0.1.0 has its values in the record."""
-    env = fields.get("env")
-    return {**fields, "env": dict.fromkeys(env)} if isinstance(env, dict) and env else dict(fields)
+def readable(text: str) -> dict[str, Any]:
+    """The spec of a record as anybody may see it; empty where somebody wrote what is none.
+
+    Whoever lists sandboxes, or ends them, must not stumble over one. One of release 0.1.0 has its values in
+    the record.
+    """
+    try:
+        fields = json.loads(text)
+        for name in ("networks", "labels", "args", "env", "on"):
+            given = fields.get(name) or []
+            if not isinstance(given, (list if name in ("networks", "args") else dict)) and given:
+                return {}
+        if not all(isinstance(one["name"], str) for one in fields.get("networks") or []):
+            return {}
+    except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
+        return {}
+    return {**fields, "env": dict.fromkeys(fields["env"])} if fields.get("env") else fields
 
 
 def needs(text: str) -> tuple[Spec, str]:

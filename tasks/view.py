@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from tasks.sealed import without_values
+from tasks.sealed import readable
 from tasks.state import State
 from worker.journal import Journal
 
@@ -54,9 +54,9 @@ def view(journal: Journal) -> tuple[State, dict[str, str]]:
 
 def shape(raw: dict[str, str]) -> dict[str, Any]:
     """A record in the shape of `--json` of a sandbox (CLI.md)."""
-    spec = without_values(json.loads(raw.get("spec") or "{}"))
+    spec = readable(raw.get("spec") or "{}")
     asked = {name: spec.get(name) for name in LIMITS}  # the host's own come with its first report
-    networks = [one["name"] for one in spec.get("networks", [])]
+    networks = [one["name"] for one in spec.get("networks") or []]
     stages = [{"do|undo": run["verb"], **run} for run in _list(raw, "stages")]
     return {
         "id": raw["id"],

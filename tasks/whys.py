@@ -1,6 +1,5 @@
 """Why a sandbox waits, or is unknown: said of rows as `ls` and `show` have them."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +7,7 @@ from tasks.host_record import LIVE
 from tasks.keys import sandbox_key
 from tasks.record import Record
 from tasks.room import Need, moment, need_of, why, why_queued
+from tasks.sealed import readable
 from tasks.state import UNKNOWN, State
 from worker.limits import rough
 
@@ -67,7 +67,7 @@ def _pulling(record: Record, row: Row, pulls: Sequence[Row]) -> str | None:
     """What a launch at its first stage waits for; None if its host says nothing of it (yet)."""
     mine = [one for one in pulls if row["batch"] in one["batches"]]
     if len({one["reference"] for one in mine}) > 1:
-        spec = row.get("spec") or json.loads(str(record.client.hget(sandbox_key(row["id"]), "spec") or "{}"))
+        spec = row.get("spec") or readable(str(record.client.hget(sandbox_key(row["id"]), "spec") or "{}"))
         mine = [one for one in mine if one["reference"] == spec.get("image")]
     return so_far(mine[0]) if mine else None
 

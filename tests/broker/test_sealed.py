@@ -5,12 +5,13 @@ import json
 import pytest
 
 from tasks.elder import hand_out
-from tasks.keys import SANDBOXES, sandbox_key, sealed_key
+from tasks.keys import DEADLINES, SANDBOXES, host_key, sandbox_key, sealed_key
 from tasks.record import Record
 from tasks.rows import read
 from tasks.sealed import MOST_BYTES, beside, seal, unseal
 from tasks.state import State
 from tasks.submit import submit
+from tasks.sweeper import sweep_fleet
 from tests.broker.conftest import take
 from tests.broker.elder import WORDS, Elder
 from tests.broker.test_elder import placed_on
@@ -171,3 +172,22 @@ def test_whatever_somebody_has_written_is_refused_with_words_and_without_a_value
 def test_what_is_no_spec_at_all_is_refused_with_words(text):
     with pytest.raises(BadInput):
         unseal(text, None)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["null", "[]", "{", "[" * 100_000, '{"networks":[5]}', '{"labels":[1]}', '{"env":["A"]}', '{"args":5}'],
+)
+def test_nobody_who_lists_or_sweeps_stumbles_over_what_is_no_spec(queued, sender, client, text):
+    """Else one record, written by hand, would keep everybody from ending anything."""
+    client.hset(sandbox_key(ID), "spec", text)
+    client.hdel(sandbox_key(ID), "command")
+    client.zadd(DEADLINES, {ID: 1.0})
+    assert queued.get(ID)["spec"] == {}
+    assert [row["labels"] for row in read(queued, with_labels=True)] == [{}]
+    queued.offer({ID: text})
+    client.sadd(host_key("h1") + ":sandboxes", ID)
+    queued.count_memory("h1", 7)
+    assert client.hgetall(host_key("h1") + ":memory") == {ID: "7"}
+    sweep_fleet(sender, queued)
+    assert queued.get(ID)["state"] == "failed"
