@@ -25,13 +25,14 @@ host: $(VENV)/.installed
 	@if [ "$$(id -u)" = 0 ]; then $(BIN)/sandbatch setup; fi
 
 # What the tests look at a host with. redis-tools has redis-server by another name, and starts none.
-TEST_PROGRAMS := nft:nftables ip:iproute2 podman:podman runc:runc busybox:busybox-static chromium:chromium chromedriver:chromium-driver redis-check-rdb:redis-tools
+TEST_PROGRAMS := nft:nftables ip:iproute2 podman:podman runc:runc busybox:busybox-static chromium:chromium chromedriver:chromium-driver redis-check-rdb:redis-tools debootstrap:debootstrap
 test-host: host
 	@for one in $(TEST_PROGRAMS); do \
 	  command -v $${one%%:*} >/dev/null || [ "$$(id -u)" != 0 ] || apt-get -qq install -y --no-install-recommends $${one##*:} >/dev/null || exit 1; \
 	done
 	@[ "$$(id -u)" != 0 ] || command -v docker-registry >/dev/null || $(MAKE) -s $(BIN)/docker-registry
 	@[ "$$(id -u)" != 0 ] || command -v promtool >/dev/null || $(MAKE) -s $(BIN)/promtool
+	@[ "$$(id -u)" != 0 ] || $(MAKE) -s $(COMPOSE)/docker-compose
 
 # Only its program: on a machine with systemd the package would start a registry on port 5000.
 $(BIN)/docker-registry:
@@ -42,6 +43,14 @@ $(BIN)/docker-registry:
 $(BIN)/promtool:
 	@folder=$$(mktemp -d) && cd $$folder && apt-get -qq download prometheus && dpkg-deb -x prometheus_*.deb . && \
 	  cp usr/bin/promtool $(CURDIR)/$@ && rm -r $$folder
+
+# Docker's own compose (Debian 13's: `sandbatch setup` has written its source), and what podman needs for it.
+# Unpacked alone: with netavark installed podman would take it for the networks of every other test.
+COMPOSE := $(VENV)/compose
+$(COMPOSE)/docker-compose:
+	@folder=$$(mktemp -d) && cd $$folder && apt-get -qq download 'docker-compose=2.*' netavark aardvark-dns catatonit && \
+	  for one in *.deb; do dpkg-deb -x $$one . || exit 1; done && mkdir -p $(CURDIR)/$(COMPOSE) && \
+	  cp usr/lib/podman/* usr/bin/catatonit usr/libexec/docker/cli-plugins/docker-compose $(CURDIR)/$(COMPOSE) && rm -r $$folder
 
 # Kills, hangs and full ranges by a seed; exit 0 only if nothing is left over, lost or doubled.
 SEED ?=
