@@ -7,6 +7,7 @@ import pytest
 
 from tasks import signing
 from tasks.app import make_app, options
+from tasks.keys import line_key, sandbox_key, sealed_key
 from tasks.messages import Order
 from tests.host.conftest import SUBNETS
 from tests.host.machine import difference, snapshot
@@ -103,3 +104,30 @@ def test_a_host_that_could_not_be_listened_to_is_not_started(alices: System, key
         del alices.env["SANDBATCH_TRUSTED_KEYS"]
     assert done.returncode == 2
     assert "it is user-alice, and this host, test, signs what it sends itself" in done.stderr
+
+
+def test_a_spec_is_launched_once_and_only_if_somebody_signed_it(alices: System) -> None:
+    """Records are anybody's to write: a copy of one, or one that is set back, starts nothing."""
+    (one,) = alices.run("--wait", "--env", "TOKEN=1", "--", "sleep", "600")
+    with alices.record() as record:
+        beside = str(record.client.get(sealed_key(one)))  # with the login of a host
+        alices.cli("stop", one)
+        assert alices.wait([one], "terminal") == {one: "exited"}
+        line = str(record.client.hget(sandbox_key(one), "line"))
+        record.client.hset(sandbox_key(one), mapping={"state": "queued", "seq": "0"})
+        record.client.hdel(sandbox_key(one), "ended_at", "removed")
+        record.client.set(sealed_key(one), beside)
+        record.client.zadd(line_key(line), {one: 1.0})
+        record.client.sadd("sandbatch:lines", line)
+        record.ring()
+        key = alices.env.pop("SANDBATCH_SIGNING_KEY")
+        try:
+            (unsigned,) = alices.run("--env", "TOKEN=1", "--", "sleep", "60")
+        finally:
+            alices.env["SANDBATCH_SIGNING_KEY"] = key
+        assert alices.wait([one, unsigned], "terminal") == {one: "failed", unsigned: "failed"}
+        rows = record.get_all([one, unsigned])
+    words = [row["error"]["message"] for row in rows]
+    assert "it was launched before, on test" in words[0]
+    assert "the host refuses the spec: it is not signed; set signing_key where it was sent" in words[1]
+    assert not list(alices.sandboxes.glob("*"))
