@@ -99,11 +99,15 @@ class Client:
 
     def validate(self, spec: "Spec") -> None:
         """Refuse what no host can do, before anything is enqueued (`cli.validate`)."""
+        from cli.refused import explain_network
         from cli.validate import validate, warnings
 
         if self._hosts is None:  # once: a file may have a thousand different specs
             self._hosts = self.record.all_hosts()
-        validate(spec, self._hosts, self.settings)
+        try:
+            validate(spec, self._hosts, self.settings)
+        except BadInput as error:
+            raise explain_network(error) from None
         for words in warnings(spec, self._hosts):
             if words not in self._warned:
                 self._warned.add(words)

@@ -37,6 +37,10 @@ HostLabels = Annotated[
     list[str] | None,
     typer.Option("-l", "--label", metavar="K=V", help="Of this host, for run --on; may be repeated."),
 ]
+LogFormat = Annotated[
+    str | None, typer.Option(metavar="line|json", help="Of what it logs on stderr, an event a line.")
+]
+LogLevel = Annotated[str | None, typer.Option(metavar="debug|info|warning|error", help="Least that it logs.")]
 
 
 @app.callback()
@@ -96,13 +100,17 @@ def up(
     ] = False,
     flower_port: Annotated[int, typer.Option(min=1, max=65535, envvar="FLOWER_PORT")] = 5555,
     label: HostLabels = None,
+    log_format: LogFormat = None,
+    log_level: LogLevel = None,
 ) -> None:
     """Be everything on this machine: embedded broker and worker, until Ctrl-C. Sandboxes go on."""
-    from cli.up import run_up
+    from cli.up import errors_in_the_log, run_up
 
     with errors_for_humans():
-        settings = load_settings(host=host, labels=_labels(label))
-        raise typer.Exit(run_up(settings, flower_port=flower_port if flower else None))
+        flags = {"host": host, "labels": _labels(label), "log_format": log_format, "log_level": log_level}
+        settings = load_settings(**flags)
+        with errors_in_the_log(settings):
+            raise typer.Exit(run_up(settings, flower_port=flower_port if flower else None))
 
 
 @app.command(epilog="Example: sandbatch worker --host build-7 --capacity 200")
@@ -111,13 +119,18 @@ def worker(
     capacity: Annotated[int | None, typer.Option(help="Sandboxes at a time.")] = None,
     concurrency: Annotated[int | None, typer.Option(help="Launches at a time.")] = None,
     label: HostLabels = None,
+    log_format: LogFormat = None,
+    log_level: LogLevel = None,
 ) -> None:
     """Run this host's worker until it is told to stop. Sandboxes go on."""
-    from cli.up import run_host_worker
+    from cli.up import errors_in_the_log, run_host_worker
 
     with errors_for_humans():
         flags = {"host": host, "capacity": capacity, "slots": concurrency, "labels": _labels(label)}
-        run_host_worker(load_settings(**flags))
+        flags |= {"log_format": log_format, "log_level": log_level}
+        settings = load_settings(**flags)
+        with errors_in_the_log(settings):
+            run_host_worker(settings)
 
 
 def _labels(given: list[str] | None) -> str | None:

@@ -10,6 +10,7 @@ from cli.attach import attach as follow_to_its_end
 from cli.client import Client, shown
 from cli.output import errors_for_humans, out, print_json, say
 from cli.plan import print_plan
+from cli.refused import RefusingCommand
 from cli.waiting import tell_failures, wait_for
 from tasks.state import State
 from worker.errors import BadInput
@@ -24,6 +25,7 @@ HELP_IMAGE = "Image"
 
 
 @app.command(
+    cls=RefusingCommand,
     epilog="Example: sandbatch run --ready http:8000/ --cwd /var/www/html -- python3 -m http.server 8000",
     context_settings={"allow_interspersed_args": False},
 )

@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import logging
 import os
+import resource
 import select
 import shutil
 import signal
@@ -11,18 +13,22 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import typer
+
 from cli.flower import ADDRESS, flower_argv
 from cli.output import say
 from tasks import signing
 from tasks.connection import check, connect
+from worker import log_lines
 from worker.doctor import check_host
-from worker.errors import BadInput, HostNotReady
+from worker.errors import BadInput, HostNotReady, SandbatchError
 from worker.settings import Settings
 from worker.subnet import NAME, ensure_network
 
+log = logging.getLogger("sandbatch")
 UNDER_TINI = "SANDBATCH_UNDER_TINI"
 STOP_S = 35  # a stage that is under way is finished; the longest deadline of one is 30 s
-FLAGS = ("host", "capacity", "slots", "labels")
+FLAGS = ("host", "capacity", "slots", "labels", "log_format", "log_level")
 
 
 def run_host_worker(settings: Settings) -> None:
@@ -37,6 +43,8 @@ def run_host_worker(settings: Settings) -> None:
     """
     if os.geteuid() != 0:
         raise BadInput("worker", "root is needed", "run it as root on the host")
+    _harden()
+    log_lines.set_up(settings)
     _export(settings)
     started_by = os.environ.pop(UNDER_TINI, None)
     if started_by is None:
@@ -52,6 +60,12 @@ def run_host_worker(settings: Settings) -> None:
     die_with_parent(_tini())
     take_host_lock(settings)
     run_worker()
+
+
+def _harden() -> None:
+    """Of this process and all that it starts: no file that others may write to, no core with what we know."""
+    os.umask(0o022)  # what is secret has a mode of its own; a rootfs is for every user in it
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def _export(settings: Settings) -> None:
@@ -99,6 +113,8 @@ def run_up(settings: Settings, *, flower_port: int | None = None) -> int:
     if not settings.is_broker_embedded:
         raise BadInput("up", "SANDBATCH_BROKER_URL names another broker", "unset it, or run sandbatch worker")
     flower = None if flower_port is None else flower_argv(flower_port, ADDRESS)
+    _harden()
+    log_lines.set_up(settings)
     _prepare(settings)
     _export(settings)
     with _signals() as signalled, embedded_broker(settings) as broker, contextlib.ExitStack() as children:
@@ -106,9 +122,32 @@ def run_up(settings: Settings, *, flower_port: int | None = None) -> int:
         pids[children.enter_context(_child(_under_tini(), {UNDER_TINI: "up"})).pid] = "the worker"
         if flower is not None:
             pids[children.enter_context(_child(flower, {})).pid] = "Flower"
-            say(f"Flower: http://{ADDRESS}:{flower_port}")
-        say(f"host {settings.host} is up; Ctrl-C stops it, sandboxes go on")
-        return _wait_for_any(pids, signalled)
+            _tell(settings, f"Flower: http://{ADDRESS}:{flower_port}")
+        _tell(settings, f"host {settings.host} is up; Ctrl-C stops it, sandboxes go on")
+        ended = _wait_for_any(pids, signalled)
+        if ended:
+            _tell(settings, f"{ended} has ended by itself; so does all of sandbatch up, and sandboxes go on")
+        return 1 if ended else 0
+
+
+def _tell(settings: Settings, words: str) -> None:
+    """For whoever sits before it; whoever reads JSON gets nothing else."""
+    if settings.log_format == "json":
+        log.info(words)
+    else:
+        say(words)
+
+
+@contextlib.contextmanager
+def errors_in_the_log(settings: Settings) -> Iterator[None]:
+    """Why a host's process does not start or go on, as the settings say."""
+    try:
+        yield
+    except SandbatchError as error:
+        if settings.log_format != "json":
+            raise
+        log.error("%s", error)
+        raise typer.Exit(error.exit_code) from None
 
 
 @contextlib.contextmanager
@@ -146,16 +185,12 @@ def _signals() -> Iterator[int]:
         os.close(writer)
 
 
-def _wait_for_any(pids: dict[int, str], signalled: int) -> int:
-    """0 after a signal; 1 if one of `pids` ended by itself, whose name is then said."""
+def _wait_for_any(pids: dict[int, str], signalled: int) -> str:
+    """Empty after a signal; the name of the one of `pids` that has ended by itself."""
     fds = {os.pidfd_open(pid): name for pid, name in pids.items()}
     try:
         ready = select.select([signalled, *fds], [], [])[0]
-        if signalled in ready:
-            return 0
-        for fd in ready:
-            say(f"{fds[fd]} has ended by itself; so does all of sandbatch up, and sandboxes go on")
-        return 1
+        return "" if signalled in ready else " and ".join(fds[fd] for fd in ready)
     finally:
         for fd in fds:
             os.close(fd)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from cli import parse
+from cli.refused import refusal
 from worker.errors import BadInput
 from worker.image_ref import absolute
 from worker.spec import Spec
@@ -182,7 +183,8 @@ def read(words: Mapping[str, Any]) -> tuple[Slots, list[Trouble]]:
     for given, value in words.items():
         word = given.replace("-", "_")
         if word not in WORDS:
-            troubles.append(Trouble(given, given, "no such word", suggest(word, MAIN)))
+            why, todo = refusal(word) or ("no such word", suggest(word, MAIN))
+            troubles.append(Trouble(given, given, why, todo))
             continue
         slot, parts = WORDS[word]
         if slot in slots:

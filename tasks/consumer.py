@@ -22,7 +22,7 @@ from celery.signals import (
 )
 from celery.worker.control import Panel
 
-from tasks import workflow
+from tasks import log_tasks, workflow
 from tasks.app import settings
 from tasks.connection import connect
 from tasks.foreign import foreign
@@ -93,11 +93,12 @@ def take_name(current: Settings) -> None:
         )
 
 
-def run_worker(*, log_level: str = "INFO") -> None:
+def run_worker() -> None:
     """Run this host's worker until it is told to stop; the caller has taken the host lock."""
     global _worker_pid
     _worker_pid = os.getpid()
     current = settings()
+    log_tasks.set_up(current)
     faults.arm(current.faults, current.run_dir)
     if current.metrics_port:
         from tasks.exporter import serve  # with it comes prometheus_client: 1 MB that others need not have
@@ -128,7 +129,8 @@ def run_worker(*, log_level: str = "INFO") -> None:
         pool_cls="prefork",
         without_gossip=True,
         without_mingle=True,
-        loglevel=log_level,
+        loglevel=current.log_level.upper(),
+        quiet=True,
     )
     worker.start()
     sys.exit(worker.exitcode)

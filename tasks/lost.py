@@ -34,7 +34,8 @@ def sweep_lost(record: Record) -> None:
                     continue
                 new_id = new_container_id()
                 if record.reschedule(container_id, new_id, host):
-                    log.warning("host %s is lost: %s is launched anew as %s", host, container_id, new_id)
+                    words = "host %s is lost: launched anew as %s"
+                    log.warning(words, host, new_id, extra={"sandbox": container_id})
 
 
 def forget_host(record: Record, host: str) -> bool:

@@ -29,12 +29,13 @@ from tasks.scripts import BROKEN
 from tasks.signing import Refused
 from tasks.state import State
 from tasks.submit import cancel
-from worker import conmon, ends, fetcher, logs, outcomes, procs
+from worker import conmon, ends, fetcher, log_lines, logs, outcomes, procs
 from worker import journal as journals
 from worker.errors import BadInput, Busy, JournalError, SandbatchError
 from worker.journal import Journal
 from worker.keeper import hand_over
 from worker.launch import (
+    about_journal,
     begin_waiting,
     end_waiting,
     finish,
@@ -127,6 +128,7 @@ def place(self: "Task[Any, Any]", message: dict[str, Any]) -> dict[str, str]:
             raise SandbatchError(order.container_id, why)
         spec = with_host_limits(spec, settings())
         sandboxes = settings().sandboxes_dir
+        log_lines.also_about(env=spec.env)
         name, attempt, batch = order.container_id, order.attempt, known[1]
         journals.create(sandboxes, name, attempt=attempt, batch=batch, spec=spec, signed=signed)
     except (ValueError, BadInput, Refused) as error:
@@ -182,6 +184,8 @@ def _launch(journal: Journal) -> None:
         _end_refused(journal, error)
     else:
         launch_chain(_order_of(journal), journal.spec).apply_async()
+        with about_journal(journal, "place"):
+            log.info("is begun here")
 
 
 def _end_refused(journal: Journal, error: Refused) -> None:
@@ -189,6 +193,8 @@ def _end_refused(journal: Journal, error: Refused) -> None:
         journal.set_facts(reason="refused")
         words = f"the host refuses the spec: {claims.why(error)}"
         want_end(journal, State.FAILED, {"stage": "place", "message": words})
+        with about_journal(journal, "place"):
+            log.error("%s", words)
     _begin_undo(journal)
 
 
@@ -379,6 +385,7 @@ class _Fenced:
         if journal.attempt != self._order.attempt or journal.final:
             self._manager.__exit__(None, None, None)
             raise Ignore
+        log_lines.also_about(batch=journal.batch or None, env=journal.asked.env)
         return journal
 
     def __exit__(self, *details: Any) -> None:
@@ -423,6 +430,8 @@ def again(task: "Task[Any, Any]", order: Order, error: SandbatchError) -> BaseEx
     ):
         return error
     delay_s = min(0.2 * 2**tries, 5.0) * random.uniform(0.5, 1.5)  # noqa: S311 - jitter, no secret
+    level = logging.DEBUG if isinstance(error, Busy) else logging.WARNING  # a twin's work is none of ours
+    log.log(level, "is tried again in %.1f s, %d of %d: %s", delay_s, tries + 1, limit, error)
     return task.retry(countdown=delay_s, exc=error, throw=False, headers={"first_at": str(first_at)})
 
 
@@ -480,7 +489,8 @@ def report(journal: Journal) -> bool:
         if record().report(journal, settings().host) == BROKEN:
             cancel(app, record(), journal.batch)
     except (redis.RedisError, KombuError, OSError) as error:
-        log.warning("report of %s waits: %s", journal.container_id, error)
+        with about_journal(journal):
+            log.warning("its report waits: %s", error)
         return False
     return True
 

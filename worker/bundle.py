@@ -23,13 +23,21 @@ CAPABILITIES = (
     *("CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL"),
     *("CAP_NET_BIND_SERVICE", "CAP_SETGID", "CAP_SETUID"),
 )
+# As runc's callers have it (moby, podman). The runscs of 2024 and 2026 do nothing with either: what of it
+# they have at all is empty, or of the sandbox's own kernel (tests/host/test_least.py).
+MASKED = (
+    *("/proc/acpi", "/proc/asound", "/proc/interrupts", "/proc/kcore", "/proc/keys", "/proc/latency_stats"),
+    *("/proc/sched_debug", "/proc/scsi", "/proc/timer_list", "/proc/timer_stats"),
+    *("/sys/devices/virtual/powercap", "/sys/firmware", "/proc/sentry-meminfo"),
+)
+READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
 # None of these needs a folder in the rootfs: gVisor makes the mount points in its own memory. A bind
 # does need one: see worker.mounts.
 MOUNTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    ("/proc", "proc", ()),
+    ("/proc", "proc", ("nosuid", "noexec", "nodev")),
     ("/dev", "tmpfs", ("nosuid", "mode=755")),
-    ("/dev/pts", "devpts", ()),
-    ("/dev/shm", "tmpfs", ("nosuid", "mode=1777")),  # noqa: S108 - the sandbox's own
+    ("/dev/pts", "devpts", ("nosuid", "noexec")),
+    ("/dev/shm", "tmpfs", ("nosuid", "noexec", "nodev", "mode=1777")),  # noqa: S108 - the sandbox's own
     ("/sys", "sysfs", ("ro", "nosuid", "noexec", "nodev")),
 )
 SCRATCH: tuple[tuple[str, str, tuple[str, ...]], ...] = (
@@ -82,6 +90,8 @@ def make_config(
                 *({"type": kind} for kind in ("pid", "ipc", "uts", "mount")),
                 {"type": "network", "path": str(netns_path)},
             ],
+            "maskedPaths": list(MASKED),
+            "readonlyPaths": list(READ_ONLY),
             **({"cgroupsPath": cgroup, "resources": limits.resources(spec)} if cgroup else {}),
         },
     }

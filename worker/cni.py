@@ -303,7 +303,7 @@ class CniRuntime:
 
     def _environment(self, command: str, attachment: Attachment, path: str | None) -> dict[str, str]:
         """Ours, since plugins need PATH, without what may hold our secrets, and CNI's variables."""
-        ours = {name: value for name, value in os.environ.items() if not name.startswith("SANDBATCH_")}
+        ours = process.without_own(os.environ)
         return ours | {
             "CNI_COMMAND": command,
             "CNI_CONTAINERID": attachment.container_id,

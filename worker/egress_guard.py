@@ -38,7 +38,8 @@ class Guard:
             return []
         lost = egress_audit.missing(due, nft.held())
         for container_id, why in lost.items():
-            log.warning("egress policy of %s: %s", container_id, why)
+            whom = {"sandbox": container_id, "stage": "egress"}
+            log.warning("its policy is not there: %s", why, extra=whom)
             with (
                 suppress(Busy, JournalError),  # it ends just now
                 journal.locked(self._settings.sandboxes_dir, container_id) as known,

@@ -86,7 +86,7 @@ def send_term(host: Host, known: Journal) -> None:
     try:
         host.runsc.kill(known.container_id, signal)
     except RunscError as error:  # it has just ended; if not, KILL follows
-        log.info("%s to %s: %s", signal, known.container_id, error)
+        log.info("%s was not taken: %s", signal, error, extra={"sandbox": known.container_id})
 
 
 def send_kill(host: Host, container_id: str) -> None:

@@ -161,7 +161,7 @@ class Keeper:
             try:
                 tell(*args)
             except Exception as error:  # noqa: BLE001 - whatever it is, it must reach the log
-                log.warning("%s: cannot be told: %s", args[0], error)
+                log.warning("cannot be told of it: %s", error, extra={"sandbox": args[0]})
 
         self._tells.submit(call)
 
@@ -228,12 +228,13 @@ class Keeper:
             try:
                 await self._loop.run_in_executor(self._acts, act, *args)
             except (SandbatchError, OSError) as error:
-                log.warning("%s: %s", container_id, error)
+                log.warning("%s", error, extra={"sandbox": container_id})
                 pause_s = AGAIN_S
             if container_id in self._kills:  # its end is an event now
                 pause_s = ends.KILLED_S
             if self._kills.get(container_id, 0) > MAX_KILLS:
-                log.error("%s does not die; sandbatch rm, and see its kernel stack", container_id)
+                words = "does not die; sandbatch rm, and see its kernel stack"
+                log.error(words, extra={"sandbox": container_id})
             else:
                 self._stop_clock(container_id)
                 self._clocks[container_id] = self._loop.call_later(pause_s, self._look, container_id)

@@ -1,15 +1,19 @@
 """Run the stages of one sandbox, and undo them: what every Celery task of a host is a thin skin on."""
 
-from contextlib import suppress
+import logging
+import time
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
-from worker import faults, limits
+from worker import faults, limits, secrets
 from worker.errors import ImageError, NotReady, SandbatchError
 from worker.journal import Journal
+from worker.log_lines import about
 from worker.settings import Settings
 from worker.spec import Spec
 from worker.stages import STAGE, STAGES, Host, Stage
 
+log = logging.getLogger("sandbatch")
 TERMINAL = ("exited", "failed", "cancelled")
 MOST_GONE = 3  # times that an image is fetched again because it was removed before it could be used
 
@@ -55,6 +59,12 @@ def run_stage(host: Host, journal: Journal, name: str) -> bool:
     return True
 
 
+def about_journal(journal: Journal, stage: str | None = None) -> AbstractContextManager[None]:
+    """Whom the lines of a block are about, and whose environment is not to be read in them."""
+    whom = {"sandbox": journal.container_id, "batch": journal.batch or None, "attempt": journal.attempt}
+    return about(**whom, stage=stage, env=journal.asked.env)
+
+
 def _undo_stale(host: Host, journal: Journal) -> None:
     if journal.is_stale:
         for old in reversed(STAGES):
@@ -72,18 +82,21 @@ def _begin(journal: Journal, name: str, intent: dict[str, Any]) -> None:
 
 
 def _do(host: Host, journal: Journal, stage: Stage, refusal: SandbatchError | None = None) -> None:
-    name = stage.name
-    try:
-        if refusal is not None:
-            raise refusal
-        faults.point(f"stage.{name}.do.before")
-        data = stage.do(host, journal)
-        faults.point(f"stage.{name}.do.after")
-    except BaseException as error:  # a time limit of Celery too: the journal must say how it ended
-        with suppress(OSError):  # a full disk must not hide why the stage failed
-            journal.mark_failed(name, _words(error))
-        raise
-    journal.mark_done(name, data)
+    name, began_s = stage.name, time.monotonic()
+    with about_journal(journal, name):
+        try:
+            if refusal is not None:
+                raise refusal
+            faults.point(f"stage.{name}.do.before")
+            data = stage.do(host, journal)
+            faults.point(f"stage.{name}.do.after")
+        except BaseException as error:  # a time limit of Celery too: the journal must say how it ended
+            secrets.scrub(error, journal.asked.env)
+            with suppress(OSError):  # a full disk must not hide why the stage failed
+                journal.mark_failed(name, _words(error))
+            raise
+        journal.mark_done(name, data)
+        log.info("done in %.3f s", time.monotonic() - began_s)
 
 
 def begin_pull(host: Host, journal: Journal, digest: str | None, *, is_gone: bool = False) -> None:
@@ -164,6 +177,8 @@ def end_waiting(journal: Journal, outcome: str, detail: str) -> bool:
         journal.mark_failed("ready", detail)
         raise NotReady(journal.container_id, detail, "see its log, or give a longer --ready-timeout")
     journal.mark_done("ready", {"probe": detail})
+    with about_journal(journal, "ready"):
+        log.info("is running: %s", detail)
     return True
 
 
@@ -175,6 +190,8 @@ def want_end(journal: Journal, final: str, error: dict[str, str] | None = None) 
     if error is not None:
         facts["error"] = error
     journal.set_facts(**facts)
+    with about_journal(journal, "end"):
+        log.info("turns to its end: %s", final)
 
 
 def undo_stage(host: Host, journal: Journal, stage: Stage) -> None:
@@ -185,16 +202,21 @@ def undo_stage(host: Host, journal: Journal, stage: Stage) -> None:
     """
     if stage.name not in journal.begun:
         return
-    journal.mark_undo_begun(stage.name)
-    try:
-        faults.point(f"stage.{stage.name}.undo.before")
-        stage.undo(host, journal)
-        faults.point(f"stage.{stage.name}.undo.after")
-    except BaseException as error:
-        with suppress(OSError):
-            journal.mark_undo_failed(stage.name, _words(error))
-        raise
-    journal.mark_undone(stage.name)
+    began_s = time.monotonic()
+    with about_journal(journal, stage.name):
+        journal.mark_undo_begun(stage.name)
+        try:
+            faults.point(f"stage.{stage.name}.undo.before")
+            stage.undo(host, journal)
+            faults.point(f"stage.{stage.name}.undo.after")
+        except BaseException as error:
+            secrets.scrub(error, journal.asked.env)
+            with suppress(OSError):
+                journal.mark_undo_failed(stage.name, _words(error))
+            raise
+        journal.mark_undone(stage.name)
+        level = logging.DEBUG if stage.name == "ready" else logging.INFO  # which leaves nothing
+        log.log(level, "undone in %.3f s", time.monotonic() - began_s)
 
 
 def undo_all(host: Host, journal: Journal) -> None:
@@ -212,6 +234,8 @@ def finish(journal: Journal) -> None:
         )
     if journal.final is None:
         journal.set_facts(final=journal.facts.get("wanted", "failed"), stuck=None)
+        with about_journal(journal, "end"):
+            log.info("is %s, nothing of it is left", journal.facts["final"])
 
 
 def _words(error: BaseException) -> str:

@@ -16,6 +16,7 @@ from uuid import uuid4
 
 from worker import bundle, conmon, netns
 from worker.errors import ProcessTimeout, RunscError, SandbatchError
+from worker.locks import open_private
 from worker.runsc import Runsc
 from worker.settings import Settings
 from worker.spec import make_spec, new_container_id
@@ -70,7 +71,7 @@ def remembered(settings: Settings) -> RunscProbe | None:
 @contextmanager
 def _only_probe(settings: Settings) -> Iterator[None]:
     settings.run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
-    with (settings.run_dir / "probe.lock").open("w") as lock:
+    with open(settings.run_dir / "probe.lock", "w", opener=open_private) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

@@ -65,7 +65,7 @@ def run(
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=dict(env) if env is not None else None,
+            env=dict(env) if env is not None else without_own(os.environ),
             cwd=cwd,
             start_new_session=True,
         )
@@ -84,6 +84,11 @@ def run(
         raise
     faults.point(f"{point}.after")
     return Completed(process.returncode, _text(stdout), _text(stderr), stdout)
+
+
+def without_own(environ: Mapping[str, str]) -> dict[str, str]:
+    """An environment without our own settings: the broker's password is no program's."""
+    return {name: value for name, value in environ.items() if not name.startswith(("SANDBATCH_", "FLOWER_"))}
 
 
 def _communicate(

@@ -20,6 +20,7 @@ from typing import Any
 from uuid import uuid4
 
 from worker.errors import BadInput, SandbatchError
+from worker.locks import open_private
 from worker.settings import Settings
 from worker.spec import Spec
 from worker.sync import sync_folder
@@ -263,7 +264,7 @@ def _rootfs_dir(settings: Settings) -> Path:
 def _builders_lock(settings: Settings) -> Iterator[None]:
     folder = _rootfs_dir(settings)
     folder.mkdir(mode=0o755, parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
+    with open(folder / ".lock", "w", opener=open_private) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from worker import process
 from worker.errors import HostNotReady, RunscError
+from worker.locks import open_private
 from worker.settings import Settings
 
 LOG_LIMIT_BYTES = 1 << 20  # of the shared log; without --debug runsc writes one line an error
@@ -88,11 +90,12 @@ class Runsc:
         """Make the folders that runsc needs, and set a log that has grown long aside."""
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._empty_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
-        try:
-            if self.log.stat().st_size > LOG_LIMIT_BYTES:
+        # runsc would make it readable for all, and it echoes what programs are given.
+        with open(self.log, "a", opener=open_private) as log:
+            is_long = os.fstat(log.fileno()).st_size > LOG_LIMIT_BYTES
+        if is_long:
+            with suppress(FileNotFoundError):  # another process has just set it aside
                 self.log.replace(self.log.with_suffix(".log.1"))
-        except FileNotFoundError:
-            pass  # no error yet, or another process has just set it aside
 
     def start_argv(self, container_id: str, netns_path: Path) -> list[str]:
         """What `start` runs."""

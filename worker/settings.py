@@ -7,7 +7,7 @@ import re
 import socket
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -101,6 +101,9 @@ class Settings(BaseSettings):
     log_keep_s: float = Field(3600.0, ge=0, description="a log stays so long after its sandbox's end")
     logs_max_bytes: int = Field(2**30, ge=0, description="of all kept logs; the oldest go first")
 
+    log_format: Literal["line", "json"] = Field("line", description="of worker and tasks, on stderr")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
     images_bytes: int = Field(
         32 * 2**30, ge=0, description="most that all images of this host take, or such as 32g; 0: no limit"
     )
@@ -162,6 +165,11 @@ class Settings(BaseSettings):
         if value is not None and value < LEAST_MEMORY:
             raise ValueError(f"gVisor needs {in_words(LEAST_MEMORY)} at least")
         return value
+
+    @field_validator("log_format", "log_level", mode="before")
+    @classmethod
+    def _word_is_in_any_case(cls, value: Any) -> Any:
+        return value.lower() if isinstance(value, str) else value
 
     @field_validator("host")
     @classmethod
