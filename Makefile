@@ -25,7 +25,7 @@ host: $(VENV)/.installed
 	@if [ "$$(id -u)" = 0 ]; then $(BIN)/sandbatch setup; fi
 
 # What the tests look at a host with. redis-tools has redis-server by another name, and starts none.
-TEST_PROGRAMS := nft:nftables ip:iproute2 podman:podman runc:runc busybox:busybox-static chromium:chromium chromedriver:chromium-driver redis-check-rdb:redis-tools debootstrap:debootstrap
+TEST_PROGRAMS := nft:nftables ip:iproute2 podman:podman runc:runc busybox:busybox-static chromium:chromium chromedriver:chromium-driver redis-check-rdb:redis-tools debootstrap:debootstrap curl:curl ps:procps
 test-host: host
 	@for one in $(TEST_PROGRAMS); do \
 	  command -v $${one%%:*} >/dev/null || [ "$$(id -u)" != 0 ] || apt-get -qq install -y --no-install-recommends $${one##*:} >/dev/null || exit 1; \

@@ -321,6 +321,19 @@ def test_flower_asks_for_a_password(services: dict[str, Any]) -> None:
     assert services["flower"]["environment"]["FLOWER_BASIC_AUTH"].startswith("${FLOWER_BASIC_AUTH:?")
 
 
+def test_prometheus_is_asked_for_and_answers_on_the_loopback(services: dict[str, Any]) -> None:
+    """In the host's network an address of its own is what keeps strangers out."""
+    service = services["prometheus"]
+    assert service["profiles"] == ["metrics"]
+    assert "--web.listen-address=127.0.0.1:9090" in service["command"]
+    [job] = yaml.safe_load((ROOT / "monitoring" / "prometheus.yml").read_text())["scrape_configs"]
+    [target] = job["static_configs"][0]["targets"]
+    assert (
+        f"SANDBATCH_METRICS_PORT={target.removeprefix('127.0.0.1:')} docker compose"
+        in (ROOT / "README.md").read_text()
+    )
+
+
 # -- Dockerfile ----------------------------------------------------------------------------------
 
 

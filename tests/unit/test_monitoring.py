@@ -53,6 +53,14 @@ def queries() -> Iterator[str]:
             yield query.replace("$host", ".*")
 
 
+def test_promtool_takes_the_configuration_and_its_rules(promtool: str) -> None:
+    """What the compose file's Prometheus reads; it names alerts.yml, whose job is `sandbatch`."""
+    said = run(promtool, "check", "config", "prometheus.yml")
+    assert "SUCCESS: 1 rule files found" in said
+    [job] = yaml.safe_load((FOLDER / "prometheus.yml").read_text())["scrape_configs"]
+    assert job["job_name"] == "sandbatch"
+
+
 def test_prometheus_takes_the_rules_and_they_come_when_they_should(promtool):
     assert f"{len(rules())} rules found" in run(promtool, "check", "rules", "alerts.yml")
     run(promtool, "test", "rules", "alerts-test.yml")
