@@ -7,9 +7,11 @@ import sys
 import pytest
 import redis
 
+from tasks.metrics import Broker
 from tests.host.redis_server import RedisServer
 from tests.host.system import SERVER, System
 from tests.host.test_flower import LOGIN, free_port, status
+from worker.settings import Settings
 
 
 def test_a_whole_life_needs_no_more_than_the_users_may(server: RedisServer, clean_keyed: System, tmp_path):
@@ -55,6 +57,21 @@ def test_a_whole_life_needs_no_more_than_the_users_may(server: RedisServer, clea
     words = system.log() + log.read_text()
     assert "NOPERM" not in words
     assert "permission" not in words
+
+
+def test_a_worker_with_metrics_may_ask_what_it_tells(server: RedisServer):
+    """How long the lines are, and its own queues: with its login, and with what /metrics asks."""
+    admin = server.admin()
+    admin.sadd("sandbatch:lines", "of-a-test")
+    admin.zadd("sandbatch:line:of-a-test", {"sb-1": 1})
+    settings = {
+        name.removeprefix("SANDBATCH_").lower(): value for name, value in server.env("host-test").items()
+    }
+    answer = Broker(Settings(**{**settings, "host": "test"})).ask()
+    admin.delete("sandbatch:line:of-a-test")
+    admin.srem("sandbatch:lines", "of-a-test")
+    assert answer == (1, 0)
+    assert server.denied() == []
 
 
 FORBIDDEN = {
