@@ -258,7 +258,7 @@ def test_many_calls_at_once_take_one_thread(broker, serve):
 class Keys:
     """The settings of a host that listens to alice alone, and of some who call it."""
 
-    def __init__(self, broker: Settings, folder: Path) -> None:
+    def __init__(self, broker: Settings, folder: Path, handlers: Handlers) -> None:
         for who in ("user-alice", f"host-{HOST}"):
             signing.make_key(folder, who)
         (folder / "others").mkdir()
@@ -269,6 +269,7 @@ class Keys:
         self.host = self._with(folder / f"host-{HOST}.key", folder)
         self.alice, self.mallory = (self._with(one / "user-alice.key") for one in (folder, folder / "others"))
         self.nobody = self._with(None)
+        self.service = CallService(self.host, lambda: handlers)
 
     def _with(self, key: Path | None, trusted: Path | None = None) -> Settings:
         return self._plain.model_copy(update={"signing_key": key, "trusted_keys": trusted})
@@ -276,11 +277,10 @@ class Keys:
 
 @pytest.fixture
 def keys(broker: Settings, client: "redis.Redis", handlers: Handlers, tmp_path: Path) -> Iterator[Keys]:
-    found = Keys(broker, tmp_path)
-    service = CallService(found.host, lambda: handlers)
-    service.start()
+    found = Keys(broker, tmp_path, handlers)
+    found.service.start()
     yield found
-    service.stop()
+    found.service.stop()
 
 
 def test_a_host_with_keys_answers_who_signs_and_nobody_else(keys: Keys, handlers: Handlers) -> None:
@@ -307,6 +307,7 @@ def test_a_call_is_answered_once_and_by_the_host_that_it_was_made_for(
     monkeypatch.setattr(caller, "call_fields", keep)
     asked = call("at once")
     talk_to_the_end(keys.alice, asked)
+    until(lambda: not keys.service._live)
     with pytest.raises(Refused, match="this host has taken it before; is it a replay"):
         talk_to_the_end(keys.alice, asked)
     assert handlers.began == ["at once"]
@@ -319,3 +320,17 @@ def test_a_call_is_answered_once_and_by_the_host_that_it_was_made_for(
     with pytest.raises(Refused, match="or it was changed since"):
         talk_to_the_end(keys.alice, read_call(made[0]["call"].encode()))
     assert handlers.began == ["at once"]
+
+
+def test_a_copy_of_a_call_under_way_does_not_end_it(keys: Keys, client: "redis.Redis") -> None:
+    """Its streams are those of the first: two ends of one conversation would take each other's entries."""
+    asked = call("wait")
+    with Conversation(keys.alice, HOST, asked) as talk:
+        replies = talk.replies()
+        assert next(replies).data == b"waiting"
+        client.xadd(calls_key(HOST), wire.call_fields(asked, HOST, signing.signer(keys.alice)))
+        until(lambda: client.xlen(calls_key(HOST)) == 0)
+        conversation = keys.service._live[call_key(asked.call_id, "in")]
+        client.xadd(calls_key(HOST), wire.call_fields(call("wait"), HOST, None))
+        until(lambda: client.xlen(calls_key(HOST)) == 0)
+        assert keys.service._live[call_key(asked.call_id, "in")] is conversation
