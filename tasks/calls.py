@@ -266,8 +266,7 @@ class CallService:
         taken, (now_s, _), said = await pipe.execute()
         age_s = now_s - int(entry_id.partition(b"-")[0]) / 1000
         given_up = not said or any(fields.get(b"t") == b"cancel" for _, fields in said)
-        is_copy = call_key(call.call_id, "in") in self._live  # by hand: it must not end the one under way
-        if not taken or age_s > STALE_S or given_up or is_copy:
+        if not taken or age_s > STALE_S or given_up:
             return
         conversation = Conversation(self._client, call)
         self._live[conversation.in_key] = conversation

@@ -320,17 +320,3 @@ def test_a_call_is_answered_once_and_by_the_host_that_it_was_made_for(
     with pytest.raises(Refused, match="or it was changed since"):
         talk_to_the_end(keys.alice, read_call(made[0]["call"].encode()))
     assert handlers.began == ["at once"]
-
-
-def test_a_copy_of_a_call_under_way_does_not_end_it(keys: Keys, client: "redis.Redis") -> None:
-    """Its streams are those of the first: two ends of one conversation would take each other's entries."""
-    asked = call("wait")
-    with Conversation(keys.alice, HOST, asked) as talk:
-        replies = talk.replies()
-        assert next(replies).data == b"waiting"
-        client.xadd(calls_key(HOST), wire.call_fields(asked, HOST, signing.signer(keys.alice)))
-        until(lambda: client.xlen(calls_key(HOST)) == 0)
-        conversation = keys.service._live[call_key(asked.call_id, "in")]
-        client.xadd(calls_key(HOST), wire.call_fields(call("wait"), HOST, None))
-        until(lambda: client.xlen(calls_key(HOST)) == 0)
-        assert keys.service._live[call_key(asked.call_id, "in")] is conversation
