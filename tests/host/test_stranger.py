@@ -3,6 +3,7 @@
 As in the issue: "cannot run a task of his own on a host, cannot read another user's env".
 """
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -12,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 
 from tasks.keys import PREFIX, sandbox_key, sealed_key
 from tests.host.redis_server import RedisServer
 from tests.host.system import System
 from worker.settings import Settings
 
-SECRET = "the-password-of-alice"
+SECRET, CALLS_SECRET = "the-password-of-alice", "said-to-exec-alone"
 SOON_S = 30.0
+READERS = ("GET", "HGETALL", "HVALS", "SMEMBERS", "LRANGE {} 0 -1", "ZRANGE {} 0 -1", "XRANGE {} - +")
 
 
 class Stranger:
@@ -84,6 +87,56 @@ def test_no_call_and_no_pull_of_his(stranger: Stranger, victim: str):
     pulled = stranger.cli("pull", "registry.example/own:1", "--host", "test")
     assert pulled.returncode == 1
     assert "sign" in pulled.stderr + pulled.stdout
+
+
+def test_no_key_that_he_may_read_has_a_value_of_env(stranger: Stranger, server: RedisServer, victim: str):
+    """All keys that there are, by each command that reads, and within scripts; exec's values, too."""
+    system = stranger.system
+    with contextlib.ExitStack() as stack:
+        argv = [
+            sys.executable,
+            "-m",
+            "cli",
+            "exec",
+            "--env",
+            f"A={CALLS_SECRET}",
+            victim,
+            "--",
+            "sleep",
+            "30",
+        ]
+        running = stack.enter_context(subprocess.Popen(argv, env=system.environment))
+        stack.callback(running.terminate)
+        system.cli("drain", "test")
+        stack.callback(system.cli, "resume", "test")
+        (waits,) = system.run("--env", f"PASSWORD={SECRET}", "--", "sleep", "600")
+
+        client, admin = server.client("user-alice"), server.admin()
+        keys = list(admin.scan_iter())
+        assert sealed_key(waits) in keys
+        assert SECRET in str(admin.get(sealed_key(waits)))
+        said = read_all(client, [*keys, f"{PREFIX}host:test:calls"])
+
+    assert len(said) > len(keys) / 2, "most can be read"
+    assert victim in "".join(said)
+    for secret in (SECRET, CALLS_SECRET):
+        assert secret not in "".join(said)
+        assert secret not in system.cli("show", victim, "--json").stdout + system.cli("ls", "--json").stdout
+        assert secret not in system.log()
+
+
+def read_all(client: "redis.Redis", keys: list[str]) -> list[str]:
+    """What each of these keys says to who may ask."""
+    said = []
+    for key in keys:
+        for reader in READERS:
+            words = (reader if "{}" in reader else reader + " {}").replace("{}", key).split()
+            with contextlib.suppress(redis.ResponseError):
+                said.append(str(client.execute_command(*words)))
+            with contextlib.suppress(redis.ResponseError):
+                call = ", ".join(f"'{word}'" for word in words)
+                said.append(str(client.eval(f"return redis.call({call})", 0)))
+    return said
 
 
 # -- with what others have signed: without any key, as these are signatures that the host knows -------------
