@@ -15,13 +15,17 @@ from typing import Any
 import pytest
 import redis
 
+from tasks import workflow
+from tasks.app import make_app, options
 from tasks.keys import PREFIX, sandbox_key, sealed_key
+from tasks.messages import Order
 from tests.host.redis_server import RedisServer
 from tests.host.system import System
 from worker.settings import Settings
 
 SECRET, CALLS_SECRET = "the-password-of-alice", "said-to-exec-alone"
 SOON_S = 30.0
+TASKS = sorted(workflow.app.tasks)
 READERS = ("GET", "HGETALL", "HVALS", "SMEMBERS", "LRANGE {} 0 -1", "ZRANGE {} 0 -1", "XRANGE {} - +")
 
 
@@ -77,6 +81,26 @@ def test_no_sandbox_of_his_is_launched(stranger: Stranger, tmp_path: Path):
     assert error["stage"] == "place"
     assert "sign" in error["message"] or "key" in error["message"]
     assert journals(system) == before
+
+
+def test_no_task_of_his_runs(stranger: Stranger, server: RedisServer, victim: str):
+    """Of any name, in any queue, about a sandbox that the host has."""
+    system, before = stranger.system, journals(stranger.system)
+    order = Order(container_id=victim, attempt=1).model_dump()
+    queues = {host: options("unwind", host) for host in (None, "test")}
+    with make_app(stranger.settings, "client") as app:
+        for task in [*TASKS, "no.such.task"]:
+            more = {"final": "exited", "forget": True} if task == "sandbatch.unwind" else {}
+            for where in queues.values():
+                app.send_task(task, kwargs={"message": order, **more}, **where)
+    lists = [f"{PREFIX}mq:{where['queue']}" for where in queues.values()]
+    system.wait_until(lambda: not any(map(server.admin().llen, lists)), SOON_S, "empty queues")
+
+    assert system.show(victim)["state"] == "running"
+    assert system.cli("exec", victim, "--", "echo", "alive").stdout == "alive\n"
+    assert journals(system) == before
+    words = "it is not signed" if "SANDBATCH_SIGNING_KEY" not in stranger.env else "is not of user-alice"
+    system.wait_until(lambda: words in system.log(), SOON_S, "word of what is refused")
 
 
 def test_no_call_and_no_pull_of_his(stranger: Stranger, victim: str):
