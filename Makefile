@@ -6,7 +6,7 @@ SOURCES := worker tasks cli tests bench
 export DEBIAN_FRONTEND := noninteractive
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint storm fleet fleet-judge bench bench-podman bench-scale bench-images clean host test-host
+.PHONY: demo test lint storm fuzz fleet fleet-judge bench bench-podman bench-scale bench-images clean host test-host
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -57,6 +57,11 @@ SEED ?=
 KILLS ?= 1000
 storm: $(VENV)/.dev test-host
 	$(BIN)/python -m tests.storm --kills $(KILLS) $(if $(SEED),--seed $(SEED))
+
+# Changed bytes for all that reads some, RUNS for each reader; exit 0 only if none failed in another way than it says.
+RUNS ?= 5000
+fuzz: $(VENV)/.dev
+	$(BIN)/python -m tests.fuzz --runs $(RUNS) $(if $(SEED),--seed $(SEED))
 
 # Several hosts on this machine, to look at: each in namespaces of its own, with a prompt to cut, kill and reboot them.
 HOSTS ?= 8

@@ -41,7 +41,7 @@ def read_document(data: bytes, name: str) -> Document:
 
 def _looks_like_json(text: str) -> bool:
     try:
-        return isinstance(json.loads(text), dict | list)
+        return isinstance(json.loads(text, parse_int=str), dict | list)
     except ValueError:
         return False
 
@@ -50,4 +50,4 @@ def _looks_like_lines(text: str) -> bool:
     lines = [line for line in text.split("\n") if line.strip()]
     if not lines or not all(line.lstrip().startswith("{") for line in lines):
         return False
-    return len(lines) > 1 or (_looks_like_json(text) and "specs" not in json.loads(text))
+    return len(lines) > 1 or (_looks_like_json(text) and "specs" not in json.loads(text, parse_int=str))

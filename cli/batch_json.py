@@ -22,7 +22,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=str, parse_float=str, parse_constant=str)
-_SKIP = json.JSONDecoder()
+_SKIP = json.JSONDecoder(parse_int=str, parse_float=str)  # Python refuses integers of thousands of digits
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -31,7 +31,7 @@ class Json(Reader):
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
-        json.loads(text)  # so that it is well-formed in what follows
+        _SKIP.decode(text)  # so that it is well-formed in what follows
         self.newlines = [found.start() for found in re.finditer("\n", text)]
 
     def top(self) -> int:

@@ -67,7 +67,13 @@ class Guard:
 
     def _check(self, trust: Trust, queue: str, message: Message) -> None:
         token = message["headers"].get(TOKEN_HEADER)
-        signed = trust.verify("message", _parts(queue, message), token, max_age_s=self._age_s)
+        try:
+            parts = _parts(queue, message)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise Refused(
+                "message", f"it cannot be read ({error})", "is its sender of another release?"
+            ) from None
+        signed = trust.verify("message", parts, token, max_age_s=self._age_s)
         if self._seen is not None and signed.nonce in self._seen:
             raise Refused("message", "this host has done with it before", "is it a replay?")
         if not (signed.role == "host" and queue == f"host.{signed.name}"):

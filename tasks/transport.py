@@ -15,6 +15,9 @@ from tasks.envelope import Guard
 
 log = logging.getLogger("sandbatch")
 SHOWN = 200  # characters of what is no message
+# Of a text that is none of kombu's: no JSON, a number of thousands of digits, lists in lists, a value that
+# its `__type__` cannot have.
+NO_MESSAGE = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
 
 
 class QoS(redis.QoS):
@@ -75,11 +78,16 @@ class Channel(redis.Channel):
     def _brpop_read(self, **options: Any) -> Any:
         """Take what has come; kombu's ends the worker where somebody has put text into the queue by hand."""
         read: Any = super()._brpop_read  # type: ignore[misc]  # the stubs do not have it
+        transport: Any = self.connection
+        before = transport.delivered
         try:
             return read(**options)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            text = error.doc if isinstance(error, json.JSONDecodeError) else repr(error.object)
-            _tell_dropped("it is no JSON", str(text))
+        except NO_MESSAGE as error:
+            if transport.delivered != before:
+                raise  # it was one, and something else went wrong
+            text = getattr(error, "doc", None) or getattr(error, "object", "")
+            why = "it is no JSON" if text else f"it cannot be read ({type(error).__name__}: {error})"
+            _tell_dropped(why, str(text))
             return True
 
 
@@ -88,9 +96,12 @@ class Transport(redis.Transport):
 
     Channel = Channel
 
+    delivered = 0  # texts of queues that could be read
+
     def _deliver(self, message: Any, queue: str | None) -> None:
+        self.delivered += 1
         if why := _broken(message):
-            _tell_dropped(why, json.dumps(message))
+            _tell_dropped(why, _text(message))
         elif self._admits(str(queue), message):
             super()._deliver(message, queue)
 
@@ -118,7 +129,17 @@ def _broken(message: Any) -> str:
             base64.b64decode(message["body"])
     except ValueError as error:
         return f"its body cannot be decoded ({error})"
+    if not isinstance(message["headers"].get("task", ""), str):
+        return "its task's name is no text"
     return "" if encoding in (None, "base64") else "its body has an unknown encoding"
+
+
+def _text(message: Any) -> str:
+    """What kombu's types are made of needs not be JSON."""
+    try:
+        return json.dumps(message, default=str)
+    except (ValueError, TypeError, RecursionError):
+        return f"a {type(message).__name__}"
 
 
 def _tell_dropped(why: str, text: str) -> None:

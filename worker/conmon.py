@@ -24,6 +24,7 @@ OWN_FILES = (PID_FILE, CONMON_PID_FILE, CONMON_OUTPUT, "attach", "ctl", "winsz",
 NAMING_S, NAMING_PAUSE_S = 1.0, 0.005
 FAREWELL_S = 2.0  # conmon has this long to write log and exit file after the sandbox's end
 TAIL_BYTES = 1 << 16
+EXIT_CODE = re.compile(rb"-1|[0-9]{1,3}")
 
 
 def create(
@@ -114,11 +115,16 @@ def end_container(
 
 
 def exit_code(exit_dir: Path, container_id: str) -> int | None:
-    """How the container ended, 128 + n for signal n; None while it runs, or where conmon was killed."""
+    """How the container ended, 128 + n for signal n; None while it runs, or where nobody knows.
+
+    conmon was killed, then, or a power cut has left what is no number.
+    """
     try:
-        return int((exit_dir / container_id).read_text())
+        found = EXIT_CODE.fullmatch((exit_dir / container_id).read_bytes())
     except FileNotFoundError:
         return None
+    code = int(found[0]) if found else None
+    return code if code is not None and code <= 255 else None
 
 
 def wait_for_exit(runsc: Runsc, container_id: str, timeout_s: float) -> bool:
@@ -207,7 +213,7 @@ def _check_answer(runsc: Runsc, container_id: str, answer: bytes, output: Path) 
     try:
         found = json.loads(text, strict=False)
         pid, message = int(found["data"]), str(found.get("message", ""))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         pid, message = -1, text  # its escaping of odd bytes is not always JSON
     if pid <= 0:
         raise runsc.error("create", container_id, message or "it was killed, or ended without a word")

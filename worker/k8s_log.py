@@ -14,7 +14,9 @@ from pathlib import Path
 from worker.errors import BadInput
 
 READ_BYTES = 1 << 16  # a record of conmon's is at most 8 KiB of text
-CURSOR = re.compile(r"^(?P<inode>[0-9]+) (?P<first>\S*) (?P<offset>[0-9]+) (?P<mid>[01]{2})$", re.ASCII)
+MOST_TIME = 64  # bytes of a time stamp
+TIME = re.compile(rb"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:.+Z-]{1,48}")
+CURSOR = re.compile(r"^(?P<inode>[0-9]+) (?P<first>\S*) (?P<offset>[0-9]{1,18}) (?P<mid>[01]{2})$", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ def parse(line: bytes, end: int = 0) -> Record | None:
     parts = line.split(b" ", 3)
     if len(parts) != 4 or parts[1] not in (b"stdout", b"stderr") or parts[2] not in (b"F", b"P"):
         return None
-    if not parts[0][:4].isdigit():
+    if not TIME.fullmatch(parts[0]):
         return None
     return Record(parts[0], parts[1].decode(), parts[2] == b"P", parts[3], end)
 
@@ -67,8 +69,9 @@ class LogFile:
     @property
     def identity(self) -> str:
         """Tells this file from another one that has got the same inode number."""
-        first = os.pread(self._fd, 64, 0).split(b" ", 1)
-        return f"{os.fstat(self._fd).st_ino} {first[0].decode('ascii', 'replace') if len(first) > 1 else ''}"
+        first = os.pread(self._fd, MOST_TIME, 0).split(b" ", 1)
+        is_time = len(first) > 1 and TIME.fullmatch(first[0])
+        return f"{os.fstat(self._fd).st_ino} {first[0].decode() if is_time else ''}"
 
     def records(self, until: int | None = None) -> Iterator[Record]:
         """The records from `offset` on, up to the offset `until` or the last whole line.
@@ -101,7 +104,7 @@ def start_of(log: LogFile, *, since: float | None, tail: int | None, streams: It
     start, before, mid = 0, 0, dict.fromkeys(("stdout", "stderr"), False)
     lines: deque[int] = deque(maxlen=tail)
     for record in log.records(log.size):
-        if since is not None and record.at < since:
+        if since is not None and _is_before(record, since):
             start = record.end
         elif record.stream in wanted:
             if tail is not None and not mid[record.stream]:
@@ -113,6 +116,14 @@ def start_of(log: LogFile, *, since: float | None, tail: int | None, streams: It
     if tail is None:
         return start
     return lines[0] if lines else end
+
+
+def _is_before(record: Record, since: float) -> bool:
+    """No for a record whose time is none: what may be wanted is shown."""
+    try:
+        return record.at < since
+    except (ValueError, OverflowError):
+        return False
 
 
 @dataclass

@@ -50,6 +50,10 @@ def like_a_message(body: Any = "", headers: Any = None, **properties: Any) -> by
     "text",
     [
         *(b"by hand", b"\xff\xfe", b"", b"[1]", b"null", b"{}"),
+        *(b"[" * 5000, b'{"a":' + b"1" * 5000 + b"}"),
+        *(b'{"__type__":"datetime","__value__":1}', b'{"__type__":[],"__value__":1}'),
+        *(b'{"__type__":"decimal","__value__":"x"}', b'[{"__type__":"bytes","__value__":"a"}]'),
+        like_a_message(headers={"task": {}}, **TO_HERE),
         like_a_message(delivery_tag=7),
         like_a_message(delivery_tag="t"),
         like_a_message(7, **TO_HERE),

@@ -321,3 +321,11 @@ def test_what_is_wrong_with_an_image_names_its_line():
         "jobs.yaml line 3: read_only: true or false is needed; or say it by writable: no, memory, disk",
         "jobs.yaml line 4: spec: image and rootfs: a sandbox has one of them; correct it",
     ]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.yaml", "a"])
+@pytest.mark.parametrize("text", ["{}", '[{{"args": ["true"], "pids": {}}}]', '{{"pids": {}, "specs": []}}'])
+def test_a_number_of_thousands_of_digits_is_wrong_as_any_other(text, name):
+    """Python refuses to read one, with an error of its own."""
+    with pytest.raises((BadInput, BadFile)):
+        read(text.format("1" * 5000), name)

@@ -272,3 +272,10 @@ def test_a_full_log_of_an_earlier_start_is_begun_anew(create, bundle_dir, settin
         log.write(b"x")
     create()
     assert not log_path.exists() or log_path.stat().st_size == 0
+
+
+@pytest.mark.parametrize("raw", [b"", b"\0\0\0", b"\x9a", b"a", b"1.5", b"1" * 5000, b"999", b"-7"])
+def test_an_exit_file_that_is_none_says_nothing(tmp_path, raw):
+    """After a power cut: the worker's start read it and failed."""
+    (tmp_path / "sb-0123456789abcdef").write_bytes(raw)
+    assert conmon.exit_code(tmp_path, "sb-0123456789abcdef") is None

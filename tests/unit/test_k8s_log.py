@@ -276,3 +276,20 @@ def test_followers_share_one_inotify(settings, known):
 
 def _fds() -> list[str]:
     return [fd for fd in os.listdir("/proc/self/fd") if os.path.islink(f"/proc/self/fd/{fd}")]
+
+
+@pytest.mark.parametrize(
+    "raw", [b"2 stdout F a\n", b"2026-99-99T00:00:00Z stdout F a\n", b"2026\xef stdout F a\n"]
+)
+def test_a_record_whose_time_is_none_ends_no_look_at_a_log(tmp_path, raw):
+    (tmp_path / "log").write_bytes(raw)
+    log = LogFile(tmp_path / "log")
+    assert start_of(log, since=1e9, tail=None, streams=("stdout",)) == 0
+    shower = Shower(("stdout",))
+    assert read_cursor(cursor_of(log, 0, shower))[1] == 0
+    log.close()
+
+
+def test_a_cursor_with_an_offset_of_no_file_is_refused():
+    with pytest.raises(BadInput):
+        read_cursor("1 a " + "9" * 100 + " 00")
