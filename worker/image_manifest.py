@@ -74,7 +74,7 @@ def read_config(what: str, layout: Path) -> dict[str, Any]:
         config = json.loads(_blob(layout, manifest["config"]["digest"]))
         if not isinstance(config, dict):
             raise TypeError
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, IndexError, RecursionError):
         raise ImageError(what, "its configuration cannot be read", "see where it comes from") from None
     system, machine = config.get("os") or "linux", config.get("architecture")
     if system != "linux" or (machine in ARCHITECTURES and machine != _own()):

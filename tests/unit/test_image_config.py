@@ -1,5 +1,6 @@
 """What an image's config says, and how the command line overrides it: docker's rules."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 
 from worker.errors import BadInput, ImageError
 from worker.image_config import labels_of, overrides
+from worker.image_manifest import read_config
 from worker.image_store import Image
 from worker.image_user import User, find_user
 from worker.rootfs import DEFAULT_PATH
@@ -236,3 +238,9 @@ def test_a_spec_with_an_image_is_of_a_kind_that_older_hosts_do_not_take():
 def test_what_does_not_fit_is_refused(fields):
     with pytest.raises(BadInput):
         make_spec(**fields)
+
+
+def test_a_layout_without_the_blob_that_it_names_has_no_configuration(tmp_path):
+    (tmp_path / "index.json").write_text(json.dumps({"manifests": [{"digest": "sha256:" + "0" * 64}]}))
+    with pytest.raises(ImageError, match="cannot be read"):
+        read_config("image", tmp_path)
