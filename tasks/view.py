@@ -30,10 +30,10 @@ def view(journal: Journal) -> tuple[State, dict[str, str]]:
     if notes := journal.data.get("bundle", {}).get("notes"):
         fields["notes"] = json.dumps(notes)
     if image := journal.data.get("image"):
-        fields |= {"image_digest": image["digest"], "ready": journal.spec.ready}
+        fields |= {"image_digest": str(image.get("digest", "")), "ready": journal.spec.ready}
         args = journal.spec.args  # the image's own, where none were given
         fields |= {"args": json.dumps(args), "command": command_of(args)}
-        fields["image_labels"] = json.dumps(_within(image["labels"], LABELS_CHARS))
+        fields["image_labels"] = json.dumps(_within(image.get("labels") or {}, LABELS_CHARS))
     is_over = journal.is_unwinding or bool(facts.get("restart_at"))
     for name in ("exit_code", "running_at", "ended_at", "reason", "restarts", "log_until"):
         if facts.get(name) is not None and (name != "ended_at" or is_over):

@@ -4,7 +4,7 @@ What each is to be is the intent of stage network, what ADD made of it the stage
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,9 @@ class Attached:
     network: str
     ips: list[str]
     result: dict[str, Any]
+
+
+ATTACHED = tuple(one.name for one in fields(Attached))
 
 
 def if_name(number: int) -> str:
@@ -108,6 +111,6 @@ def attached(journal: Journal) -> list[Attached]:
     if data is None:
         return []
     if "attachments" not in data:  # of the release before: one network
-        return [Attached(if_name(0), journal.spec.network, data["ips"], data.get("result", {}))]
-    first, *others = (Attached(**one) for one in data["attachments"])
-    return [replace(first, result=data["result"]), *others]
+        return [Attached(if_name(0), journal.spec.network, data.get("ips", []), data.get("result", {}))]
+    first, *others = (Attached(**{name: one[name] for name in ATTACHED}) for one in data["attachments"])
+    return [replace(first, result=data.get("result", {})), *others]

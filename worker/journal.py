@@ -19,6 +19,7 @@ from typing import Any
 
 from worker import faults
 from worker.errors import Busy, JournalError
+from worker.journal_shape import check
 from worker.locks import lock_within
 from worker.spec import CONTAINER_ID, Spec
 from worker.sync import sync_folder
@@ -336,12 +337,15 @@ def read(folder: Path, *, cut: bool = False) -> Journal:
             why = f"is of {journal.container_id!r}"
             raise JournalError(str(path), why, "its folder has another name", "foreign")
         for line in lines[1:]:
-            journal._apply(json.loads(line))
+            event = json.loads(line)
+            check(event)
+            journal._apply(event)
         if journal.signed is not None and {"as", "token", "spec"} - set(map(str, journal.signed)):
             raise ValueError("signed is no signature")
-        if not isinstance(journal.attempt, int) or not isinstance(journal.seq, int):
-            raise ValueError("attempt and seq are numbers")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if not isinstance(journal.attempt, int) or not isinstance(journal.batch, str):
+            raise ValueError("attempt is a number, and batch a text")
+        seconds(journal.created_at)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise _broken(path, error, "torn") from None
     if torn and cut:
         with path.open("r+b") as out:

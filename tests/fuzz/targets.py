@@ -24,11 +24,14 @@ from worker import (
     attachments,
     cni_cache,
     conmon,
+    egress,
     ends,
     image_config,
     image_manifest,
     journal,
     k8s_log,
+    limits,
+    ports,
     reconcile,
 )
 from worker.calls import read_call
@@ -96,6 +99,9 @@ def again(known: journal.Journal, settings: Settings) -> None:
     ends.next_due(known, was_asked=False)
     ends.probe_source(known)
     attachments.attached(known)
+    ports.reservations(settings, known.facts.get("publish") or [])
+    limits.made_cgroup(known.data.get("bundle", {}), ID)
+    egress.journaled(known)
     with contextlib.suppress(BadNetwork):
         attachments.planned(known)
     Later(settings)._sort(reconcile.Due(), known, 1e6)  # as a look long after its last word

@@ -86,7 +86,7 @@ def test_every_event_has_the_next_number(known):
     known.mark_begun("netns")
     again(known).mark_done("netns", {})
     other = again(known)
-    other.set_facts(running_at="now")
+    other.set_facts(running_at=journal.now())
     assert [json.loads(line)["seq"] for line in text(known).splitlines()[1:]] == [1, 2, 3]
     assert again(known).seq == other.seq == 3
 
@@ -389,3 +389,35 @@ def test_an_event_that_cannot_be_written_has_not_happened(known):
     assert (known.seq, known.is_done("netns")) == (1, False)
     known.mark_failed("netns", "disk full")
     assert again(known) == known
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"event": "facts", "facts": {"restarts": "1"}},
+        {"event": "facts", "facts": {"restart_at": 5}},
+        {"event": "facts", "facts": {"final": "gone"}},
+        {"event": "facts", "facts": {"stop": {"at": "2026-11-25T09:17:55Z", "grace_s": "1", "reason": "a"}}},
+        {"event": "facts", "facts": []},
+        {"event": "attempt", "attempt": "2"},
+        {"event": "failed", "stage": "netns", "message": 1},
+        {"event": "done", "stage": "network", "data": {"ips": 7, "result": {}}},
+        {"event": "done", "stage": "network", "data": {"ips": [], "result": {}, "attachments": []}},
+        {"event": "done", "stage": "image", "data": {"digest": 5}},
+        {"event": "begun", "stage": "network", "intent": {"attachments": [{"if_name": "eth0"}]}},
+        {"event": "begun", "stage": "network", "intent": {"attachments": 5}},
+    ],
+)
+def test_an_event_of_another_shape_makes_a_journal_unreadable_and_ends_no_reader(known, event):
+    """Whoever read it next failed, as a worker's start did, and with it that of all other sandboxes."""
+    with (known.folder / FILE).open("a") as file:
+        file.write(json.dumps({"seq": 1, "t": journal.now(), **event}) + "\n")
+    with pytest.raises(JournalError) as caught:
+        again(known)
+    assert caught.value.kind == "torn"
+
+
+def test_facts_that_a_later_release_has_added_are_passed_over(known):
+    known.set_facts(mood=["good"], restarts=2)
+    known.mark_done("netns", {"colour": 5})
+    assert again(known).facts == {"mood": ["good"], "restarts": 2}

@@ -294,7 +294,7 @@ def test_an_event_between_look_and_report_is_not_settled(settings, later):
     known = made(settings, 1, *NAMES)
     written(known, 100)
     later.look()
-    known.set_facts(running_at="now")
+    known.set_facts(running_at=journals.now())
     later.settle(known.container_id)
     written(known, 50)
     assert ids(later.look()) == RUNNING
