@@ -41,7 +41,10 @@ def rate(text: str, flag: str) -> int:
     match = RATE.fullmatch(text.strip())
     if match is None:
         raise BadInput(f"{flag} {text}", "a rate in bits a second is needed", "for example 10m")
-    return int(float(match["number"]) * 1000 ** UNITS.index(match["unit"].lower()))
+    try:
+        return spec_parts.whole(float(match["number"]) * 1000 ** UNITS.index(match["unit"].lower()))
+    except ValueError as error:
+        raise BadInput(f"{flag} {text[:40]}", str(error), "for example 10m") from None
 
 
 def network(text: str) -> dict[str, Any]:
@@ -181,8 +184,7 @@ def since(text: str | None) -> dict[str, float]:
     except ValueError:
         pass
     try:
-        at = datetime.fromisoformat(text)
-    except ValueError:
+        return {"since_at": datetime.fromisoformat(text).timestamp()}
+    except (ValueError, OverflowError):  # of a moment before the calendar there are no seconds
         why, todo = "seconds are needed, or a moment", "for example 60 or 2026-11-25T08:00:00Z"
         raise BadInput(f"--since {text}", why, todo) from None
-    return {"since_at": at.timestamp()}

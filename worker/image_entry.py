@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 import stat
@@ -14,6 +15,7 @@ from worker.image_guard import Size
 
 VERSION = "image/v1"
 FILE, ROOTFS = "image.json", "rootfs"
+MOST = 2**63  # of a number that is described
 ENTRY = re.compile(r"^sha256-([0-9a-f]{64})$")
 
 
@@ -47,19 +49,22 @@ def read_entry(folder: Path, references: tuple[str, ...]) -> Image | None:
         if not stat.S_ISDIR((folder / ROOTFS).lstat().st_mode):
             return None
         pulled_at = float(found["pulled_at"])
+        counts = [int(found[name]) for name in ("size_bytes", "files", "dropped")]
+        if not (math.isfinite(pulled_at) and all(0 <= count <= MOST for count in counts)):
+            return None
         return Image(
             digest=digest,
             folder=folder,
             config=found["config"],
-            size_bytes=int(found["size_bytes"]),
-            files=int(found["files"]),
-            dropped=int(found["dropped"]),
+            size_bytes=counts[0],
+            files=counts[1],
+            dropped=counts[2],
             references=references,
             pulled_at=pulled_at,
             used_at=_mtime(folder.with_name(f"{folder.name}.used"), pulled_at),
             fingerprint=str(found["fingerprint"]),
         )
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 
 

@@ -67,6 +67,8 @@ def _read(file: Path) -> tuple[str, str]:
     """Reference and digest."""
     try:
         noted = json.loads(file.read_bytes())
-        return str(noted["reference"]), str(noted["digest"])
-    except (OSError, ValueError, KeyError, TypeError):
+        reference, digest = str(noted["reference"]), str(noted["digest"])
+        (reference + digest).encode()  # half a pair of UTF-16 is no text
+        return reference, digest
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "", ""

@@ -158,7 +158,7 @@ def _load(cache: Path, key: list[str | int]) -> RunscProbe | None:
         return RunscProbe(**found["probe"]) if found["key"] == key else None
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None  # torn, or of another release: it is only a cache
 
 

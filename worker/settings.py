@@ -344,7 +344,7 @@ def load_settings(**flags: Any) -> Settings:
         name = str(first["loc"][0])
         raise BadInput(
             f"setting {name}",
-            f"{LOGIN.sub(_hide, repr(first.get('input')))} is not allowed ({why})",
+            f"{_shown(name, repr(first.get('input')))} is not allowed ({why})",
             f"correct the flag, SANDBATCH_{name.upper()} or the line in {file}",
         ) from None
     except SettingsError as error:  # its words: error parsing value for field "NAME" from source "…"
@@ -352,7 +352,7 @@ def load_settings(**flags: Any) -> Settings:
         raise BadInput(
             f"setting {name}", "it is no JSON list", f'write SANDBATCH_{name.upper()}=\'["/a", "/b"]\''
         ) from None
-    except (OSError, ValueError) as error:  # TOMLDecodeError is a ValueError
+    except (OSError, ValueError, RecursionError) as error:  # TOMLDecodeError is a ValueError
         raise BadInput(f"settings file {file}", str(error), "correct the file") from None
 
 
@@ -360,6 +360,13 @@ def _absolute(path: Path) -> Path:
     if not path.is_absolute():
         raise ValueError("an absolute path is needed")
     return path
+
+
+def _shown(name: str, value: str) -> str:
+    """A wrong value without its password; of a URL that is none nobody can say where that begins."""
+    if name == "broker_url" and "://" not in value:
+        value = re.sub(r"(?<=^['\"]).*@", "***@", value)
+    return LOGIN.sub(_hide, value)
 
 
 def _hide(match: re.Match[str]) -> str:

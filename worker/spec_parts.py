@@ -1,6 +1,7 @@
 """The parts of a spec: what a sandbox may ask of networks, ports, mounts, limits and its end."""
 
 import ipaddress
+import math
 import re
 import signal
 from contextlib import suppress
@@ -49,7 +50,14 @@ def size(value: str) -> int:
     match = SIZE.fullmatch(value.strip())
     if match is None:
         raise ValueError("a size is needed, such as 512m or 2g")
-    return int(float(match["number"]) * 1024 ** UNITS.index(match["unit"].lower()))
+    return whole(float(match["number"]) * 1024 ** UNITS.index(match["unit"].lower()))
+
+
+def whole(number: float) -> int:
+    """The integer; of hundreds of digits a float makes infinity, which has none."""
+    if math.isinf(number):
+        raise ValueError("the number is too large")
+    return int(number)
 
 
 def signal_name(value: str) -> str:

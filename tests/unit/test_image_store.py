@@ -13,10 +13,11 @@ import pytest
 
 from worker import image_audit, journal
 from worker.errors import BadInput, ImageError
-from worker.image_entry import Image, write_entry
+from worker.image_entry import Image, read_entry, write_entry
 from worker.image_guard import measure
 from worker.image_place import held, working
 from worker.image_ref import parse_image
+from worker.image_refs import References
 from worker.image_store import ImageStore
 from worker.journal import Journal
 from worker.settings import Settings
@@ -25,6 +26,7 @@ from worker.spec import Spec
 A, B, C = (f"sha256:{letter * 64}" for letter in "abc")
 ID = "sb-00000000000000a1"
 REF = parse_image("registry.example/app:v1")
+HALF = json.dumps({"reference": "\ud800", "digest": A})  # half a pair of UTF-16: no text
 
 
 @pytest.fixture
@@ -449,3 +451,27 @@ def test_the_deep_audit_finds_a_changed_image(
         file.symlink_to("/etc/passwd")
     ((name, problem, _, _),) = image_audit.check_contents(settings)
     assert (name, problem) == (str(image.folder), "changed")
+
+
+@pytest.mark.parametrize("text", ["[" * 6000, '{"reference": 1}', "null", "", HALF])
+def test_a_reference_that_cannot_be_read_is_as_if_it_were_not_there(tmp_path, text):
+    """Of two references the other one is still found."""
+    known = References(tmp_path)
+    known.note(parse_image("busybox:1"), "sha256:" + "a" * 64)
+    (tmp_path / "torn.json").write_text(text)
+    assert list(known.by_digest().values()) == [("docker.io/library/busybox:1",)]
+    known.forget(tuple(name for names in known.by_digest().values() for name in names))
+    os.utime(tmp_path / "torn.json", (0, 0))
+    known.forget_strays(set())
+    assert not (tmp_path / "torn.json").exists()
+
+
+@pytest.mark.parametrize("name", ["size_bytes", "files", "dropped", "pulled_at"])
+@pytest.mark.parametrize("value", ["Infinity", "1" + "0" * 400])
+def test_a_description_with_numbers_that_none_can_hold_is_none(tmp_path, name, value):
+    folder = tmp_path / f"sha256-{'a' * 64}"
+    (folder / "rootfs").mkdir(parents=True)
+    write_entry(folder, folder.name.replace("-", ":"), {}, measure(folder / "rootfs"), 0)
+    about = json.loads((folder / "image.json").read_text()) | {name: 0}
+    (folder / "image.json").write_text(json.dumps(about).replace(f'"{name}": 0', f'"{name}": {value}'))
+    assert read_entry(folder, ()) is None

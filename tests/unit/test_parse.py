@@ -124,3 +124,16 @@ def test_a_spec_whose_parts_do_not_fit_is_refused(fields: dict[str, Any], words:
 
 def test_the_spec_of_the_release_before_is_still_read() -> None:
     assert make_spec(args=["true"], network="mynet").networks[0].name == "mynet"
+
+
+@pytest.mark.parametrize("read", [parse.size, parse.rate])
+def test_a_number_without_end_is_refused_as_no_number(read: Any) -> None:
+    """As a float it is infinite, and has no integer: a traceback in place of a line."""
+    with pytest.raises(BadInput):
+        read("9" * 400, "--flag")
+
+
+def test_a_moment_before_the_calendar_is_no_since() -> None:
+    """Python has no seconds for it: a traceback in place of a line."""
+    with pytest.raises(BadInput, match="--since"):
+        parse.since("0001-01-01T00:00:00")

@@ -231,3 +231,20 @@ def test_memory_for_sandboxes_is_most_of_the_machine_unless_said(monkeypatch):
     assert load_settings().memory == int(total * 0.8)
     monkeypatch.setenv("SANDBATCH_MEMORY", "16g")
     assert load_settings().memory == 16 * 2**30
+
+
+def test_lists_of_thousands_of_levels_in_the_file_are_told_in_words(file):
+    file.write_text("network = " + "[" * 5000)
+    assert "settings file" in refusal()
+
+
+@pytest.mark.parametrize("name", ["memory", "default_memory", "images_bytes", "image_max_bytes"])
+def test_a_size_without_end_is_refused(name):
+    """As a float it is infinite, and has no integer."""
+    assert name in refusal(**{name: "9" * 400})
+
+
+@pytest.mark.parametrize("url", ["redis:/me:secret@h", "me:secret@h:6379", "rediss:me:secret@h"])
+def test_a_mistyped_url_does_not_show_its_password(url):
+    """Also where nobody can say which part of it the password is."""
+    assert "secret" not in refusal(broker_url=url)
