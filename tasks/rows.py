@@ -4,7 +4,6 @@ A row has names and types of a row of `tasks.view.shape`, but fewer; a spec is r
 record has no words for what the table shows of it.
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from tasks.keys import CHUNK, sandbox_key
 from tasks.record import Record
 from tasks.sealed import readable
+from tasks.view import parsed
 
 Row = dict[str, Any]
 FIELDS = (
@@ -55,15 +55,15 @@ def _hmget(record: Record, fields: Sequence[str], ids: Sequence[str]) -> Iterabl
 def _row(fields: list[str | None]) -> Row:
     row: Row = dict(zip(FIELDS, fields, strict=True))
     row["stage"] = row["stage"] or None
-    row["exit_code"] = int(row["exit_code"]) if row["exit_code"] else None
-    row["error"] = json.loads(row["error"]) if row["error"] else None
+    row["exit_code"] = parsed(row["exit_code"], int, None)
+    row["error"] = parsed(row["error"], dict, None)
     row["removed"] = row["removed"] == "1"
     row["held"] = row["held"] == "1"
     line = row.pop("line")
-    row["kind"] = line.split("|")[1] if line else None
-    row["publish"] = json.loads(row["publish"]) if row["publish"] else []
+    row["kind"] = line.split("|")[1] if line and "|" in line else None
+    row["publish"] = [one for one in parsed(row["publish"], list, []) if isinstance(one, dict)]
     row["networks"] = row["nets"].split(",") if row["nets"] else []
-    row["memory"] = int(row["memory"]) if row["memory"] else None
+    row["memory"] = parsed(row["memory"], int, None)
     row["labels"] = {}
     if not row["host"]:
         row["host"] = row["queue"][5:] if (row["queue"] or "").startswith("host:") else None

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from tasks.sealed import readable
 from tasks.state import State
@@ -11,6 +11,8 @@ from worker.journal import Journal
 COMMAND_KEPT = 80  # characters, for tables
 LABELS_CHARS = 8192  # an image may have any number of them, and a report has them each time
 LIMITS = ("memory_bytes", "cpus", "pids")
+Kind = TypeVar("Kind")
+Else = TypeVar("Else")
 
 
 def view(journal: Journal) -> tuple[State, dict[str, str]]:
@@ -57,38 +59,38 @@ def shape(raw: dict[str, str]) -> dict[str, Any]:
     spec = readable(raw.get("spec") or "{}")
     asked = {name: spec.get(name) for name in LIMITS}  # the host's own come with its first report
     networks = [one["name"] for one in spec.get("networks") or []]
-    stages = [{"do|undo": run["verb"], **run} for run in _list(raw, "stages")]
+    stages = [{"do|undo": run["verb"], **run} for run in _dicts(raw, "stages") if "verb" in run]
     return {
         "id": raw["id"],
         "batch": raw.get("batch"),
         "labels": spec.get("labels", {}),
         "state": raw["state"],
         "stage": raw.get("stage") or None,
-        "attempt": int(raw.get("attempt") or 1),
+        "attempt": parsed(raw.get("attempt"), int, 1),
         "host": raw.get("host") or spec.get("host"),
         "network": networks[0] if networks else None,
         "networks": networks,
         "ip": raw.get("ip"),
-        "ips": _list(raw, "ips"),
-        "links": _list(raw, "links"),
-        "publish": _list(raw, "publish"),
+        "ips": _texts(raw, "ips"),
+        "links": _dicts(raw, "links"),
+        "publish": _dicts(raw, "publish"),
         "egress": spec.get("egress"),  # null: no policy; an empty list: nothing is allowed
         "isolate": spec.get("isolate", False),
         "ready": raw.get("ready") or spec.get("ready"),  # of an image: known once that is there
-        "notes": _list(raw, "notes"),
+        "notes": _texts(raw, "notes"),
         "image": spec.get("image") or spec.get("rootfs"),
         "image_digest": raw.get("image_digest"),  # null until its image is on the host, or it has none
-        "image_labels": json.loads(raw["image_labels"]) if raw.get("image_labels") else {},
-        "args": _list(raw, "args") or spec.get("args", []),
+        "image_labels": parsed(raw.get("image_labels"), dict, {}),
+        "args": _texts(raw, "args") or spec.get("args", []),
         "created_at": raw.get("created_at"),
         "running_at": raw.get("running_at"),
         "ended_at": raw.get("ended_at"),
-        "limits": {**asked, **(json.loads(raw["limits"]) if raw.get("limits") else {})},
-        "exit_code": int(raw["exit_code"]) if raw.get("exit_code") else None,
+        "limits": {**asked, **parsed(raw.get("limits"), dict, {})},
+        "exit_code": parsed(raw.get("exit_code"), int, None),
         "reason": raw.get("reason"),
-        "restarts": int(raw.get("restarts") or 0),
+        "restarts": parsed(raw.get("restarts"), int, 0),
         "oom": raw.get("oom") == "1",
-        "error": json.loads(raw["error"]) if raw.get("error") else None,
+        "error": parsed(raw.get("error"), dict, None),
         "log_until": raw.get("log_until"),
         "removed": raw.get("removed") == "1",
         "held": raw.get("held") == "1",  # by its batch
@@ -115,9 +117,26 @@ def _within(labels: dict[str, str], most: int) -> dict[str, str]:
     return kept
 
 
-def _list(raw: dict[str, str], name: str) -> list[Any]:
-    """Of thousands of records most have none, and to parse an empty list takes time, too."""
-    return list(json.loads(raw[name])) if raw.get(name) else []
+def parsed(text: str | None, wanted: type[Kind], otherwise: Else) -> Kind | Else:
+    """A field that is JSON; `otherwise` if it is not there, or anything else than was wanted.
+
+    Whoever has the broker's password can write it, and one record must not take the others of a list along.
+    """
+    if not text:  # of thousands of records most have none, and to parse an empty list takes time, too
+        return otherwise
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return otherwise
+    return found if isinstance(found, wanted) else otherwise
+
+
+def _texts(raw: dict[str, str], name: str) -> list[str]:
+    return [one for one in parsed(raw.get(name), list, []) if isinstance(one, str)]
+
+
+def _dicts(raw: dict[str, str], name: str) -> list[dict[str, Any]]:
+    return [one for one in parsed(raw.get(name), list, []) if isinstance(one, dict)]
 
 
 def state_of(journal: Journal) -> State:

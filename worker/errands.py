@@ -78,9 +78,9 @@ class Errands:
             return list(self._of)
 
     def join(self, name: str, turn: Turn, wanted: Wanted, ref: ImageRef) -> Errand | None:
-        """Let one wait; the errand, if it is new and to be resolved."""
+        """Let one wait, unless it has just been told; the errand, if it is new and to be resolved."""
         with self._lock:
-            if self._is_closed:
+            if self._is_closed or self._is_told(name, turn):
                 return None
             errand = self._of.get(name)
             if errand is not None and errand.wanted != wanted:
@@ -111,12 +111,17 @@ class Errands:
             errand.pull = pull
             return new
 
-    def close(self, errand: Errand) -> list[tuple[str, Turn]]:
-        """It is over; those that waited, who are to be told."""
+    def close(self, errand: Errand, *, is_told: bool) -> list[tuple[str, Turn]]:
+        """It is over; those that waited.
+
+        `is_told`: they are told of its end, and a look at one of them, at the same time, begins no other.
+        """
         with self._lock:
             waiters = list(errand.waiters.items())
-            for name, _ in waiters:
+            for name, turn in waiters:
                 del self._of[name]
+                if is_told:
+                    self._note(name, turn)
             errand.waiters.clear()
             self._end(errand)
             return waiters
@@ -161,14 +166,20 @@ class Errands:
     # -- who was told --------------------------------------------------------------------------------
 
     def note_told(self, name: str, turn: Turn) -> None:
-        moment = time.monotonic()
         with self._lock:
-            self._told = {one: told for one, told in self._told.items() if told[1] > moment}
-            self._told[name] = (turn, moment + TOLD_S)
+            self._note(name, turn)
 
     def was_told(self, name: str, turn: Turn) -> bool:
         with self._lock:
-            told, until = self._told.get(name, (None, 0.0))
+            return self._is_told(name, turn)
+
+    def _note(self, name: str, turn: Turn) -> None:
+        moment = time.monotonic()
+        self._told = {one: told for one, told in self._told.items() if told[1] > moment}
+        self._told[name] = (turn, moment + TOLD_S)
+
+    def _is_told(self, name: str, turn: Turn) -> bool:
+        told, until = self._told.get(name, (None, 0.0))
         return told == turn and time.monotonic() < until
 
     def forget_told(self, name: str) -> None:

@@ -182,7 +182,7 @@ class Fetcher:
             return
         except Exception as error:  # noqa: BLE001 - the broker is away: reconcile hands them over again
             log.warning("image %s waits: %s", errand.ref, error)
-            self._book.close(errand)
+            self._book.close(errand, is_told=False)
             return
         new = self._book.meet(errand, digest)
         if new is not None:
@@ -225,7 +225,7 @@ class Fetcher:
         self._news.set()
 
     def _finish(self, errand: Errand, outcome: str, detail: str, digest: str) -> None:
-        for name, turn in self._book.close(errand):
+        for name, turn in self._book.close(errand, is_told=True):
             self._say(name, turn, outcome, detail, digest)
 
     def _say(self, name: str, turn: Turn, outcome: str, detail: str, digest: str) -> None:

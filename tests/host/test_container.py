@@ -31,6 +31,7 @@ pytestmark = pytest.mark.usefixtures("host_parts")
 
 RUNSCS = ["runsc", *filter(None, os.environ.get("SANDBATCH_TEST_RUNSC", "").split(":"))]
 KILLS = 12
+STUBS_DIE_S = 2.0
 HTTP_SERVER = ["python3", "-m", "http.server", "8000"]
 
 
@@ -108,7 +109,14 @@ class Sandbox:
             found += [str(path) for path in folder.rglob(f"*{self.container_id}*")]
         mounts = Path("/proc/self/mountinfo").read_text().splitlines()
         found += [line for line in mounts if str(self.settings.run_dir) in line or str(self.folder) in line]
-        return found + [f"process {pid} in the netns" for pid in self.netns_holders()]
+        return found + [f"process {pid} in the netns" for pid in self.stuck_netns_holders()]
+
+    def stuck_netns_holders(self) -> list[int]:
+        """Those that are still there in a while: a killed sentry's stubs die by the kernel, just after it."""
+        deadline = time.monotonic() + STUBS_DIE_S
+        while (found := self.netns_holders()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return found
 
     def netns_holders(self) -> list[int]:
         """Processes that live in the netns: named by nothing but this, such as gVisor's stubs."""

@@ -10,9 +10,11 @@ import pytest
 
 from worker import fetcher as module
 from worker import journal as journals
+from worker.errands import Errands, Turn, Wanted
 from worker.errors import ImageError
 from worker.fetcher import Fetcher, Order, hand_over
 from worker.image_pull import Progress
+from worker.image_ref import parse_image
 from worker.journal import Journal
 from worker.settings import Settings
 from worker.spec import make_spec
@@ -154,6 +156,21 @@ def test_ten_that_need_one_image_share_one_look_and_one_pull(fetcher, here, regi
     assert sorted(told.next() for _ in ids) == [(one, 1, "fetched", "", ONE) for one in ids]
     assert told.is_silent()
     assert (registry.resolved, registry.ended) == ([BUSYBOX], ["through"])
+
+
+def test_a_look_beside_the_end_of_a_pull_begins_no_other():
+    """CI saw one of ten told twice: it was looked at after the end, and before that was noted."""
+    book, ref, wanted = Errands(), parse_image("busybox"), Wanted("batch", "b-1", "busybox", "missing")
+    turns = [(f"sb-{number}", Turn(1, number)) for number in range(10)]
+    (errand, *_) = [book.join(name, turn, wanted, ref) for name, turn in turns]
+    assert errand is not None
+    assert book.close(errand, is_told=True) == turns
+    assert [book.join(name, turn, wanted, ref) for name, turn in turns] == [None] * 10
+    assert book.names() == []
+    again = book.join("sb-0", Turn(2, 0), wanted, ref)  # it waits anew
+    assert again is not None
+    book.close(again, is_told=False)  # the broker was away
+    assert book.join("sb-0", Turn(2, 0), wanted, ref) is not None
 
 
 def test_batches_resolve_by_themselves_and_share_a_pull(fetcher, registry, told, waiting):
