@@ -19,8 +19,12 @@ def check(event: Any) -> None:
     """
     if event["event"] not in EVENTS:
         return  # another release's: whoever reads it says so
-    _fields(event, {"event": _is(str), "stage": _is(str), "seq": _is(int), "t": _moment, "attempt": _is(int)})
     kind, stage = event["event"], event.get("stage")
+    _record({"seq": _is(int), "t": _moment}, "seq", "t")(event)
+    if kind == "attempt":
+        _is(int)(event["attempt"])
+    elif kind != "facts":  # a stage without a name would be written into an error, which none can read then
+        _is(str)(stage)
     if kind == "facts":
         _fields(event["facts"], FACTS)
     elif kind in ("failed", "undo-failed"):
@@ -86,6 +90,13 @@ def _list_of(each: Check) -> Check:
 TEXT, TEXTS, ANY = _is(str), _list_of(_is(str)), _is(dict)
 WORDS = _record({"stage": TEXT, "message": TEXT}, "stage", "message")
 PORT = {"host_port": _is(int), "port": _is(int), "protocol": TEXT, "host_ip": TEXT}
+
+
+def _port(value: Any) -> None:
+    _record(PORT, "host_port", "port", "protocol")(value)
+    _ = value["host_ip"]  # null: every address
+
+
 FACTS: dict[str, Check] = {
     **dict.fromkeys(("wanted", "final"), _final),
     **dict.fromkeys(("error", "stuck"), WORDS),
@@ -93,7 +104,7 @@ FACTS: dict[str, Check] = {
     **dict.fromkeys(("running_at", "ended_at", "restart_at", "log_until"), _moment),
     **dict.fromkeys(("exit_code", "restarts", "quick_ends", "gone"), _is(int)),
     "stop": _record({"at": _moment, "grace_s": _span, "reason": TEXT}, "at", "grace_s", "reason"),
-    "publish": _list_of(_record(PORT)),
+    "publish": _list_of(_port),
     "unfinished": ANY,
 }
 PLANNED = {"if_name": TEXT, "config": _utf8, "capability_args": ANY}
@@ -117,9 +128,25 @@ def _links(value: Any) -> None:
         raise ValueError("a network without a link")
 
 
+# What an image's config says in place of the spec (`worker.image_config.overrides`).
+OF_IMAGE: dict[str, Check] = {
+    "args": TEXTS,
+    "env": _texts_by_name,
+    "groups": _list_of(_is(int)),
+    **dict.fromkeys(("cwd", "user", "ready", "stop_signal", "rootfs"), TEXT),
+}
+
+
+def _of_image(value: Any) -> None:
+    _is(dict)(value)
+    for name, one in value.items():
+        if name in OF_IMAGE and (one is not None or name != "stop_signal"):  # none: TERM
+            OF_IMAGE[name](one)
+
+
 DATA: dict[str, dict[str, Check]] = {
     "network": {"ips": TEXTS, "result": ANY, "attachments": _links},
-    "image": {"spec": ANY, "labels": _texts_by_name, "digest": TEXT},
+    "image": {"spec": _of_image, "labels": _texts_by_name, "digest": TEXT},
     "bundle": {"notes": _is(list), "rootfs": TEXT},
 }
 NEEDED = {"image": ("spec",)}

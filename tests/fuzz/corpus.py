@@ -272,3 +272,53 @@ def passwds() -> list[bytes]:
     return [
         b"root:x:0:0:root:/root:/bin/sh\nme:x:1000:1000::/home/me:/bin/sh\n\x1cus:x:7:me,root\nme:x:1000:\n"
     ]
+
+
+def words() -> list[bytes]:
+    """What a user writes for sizes, times, ports and the like."""
+    return [
+        *(b"512m", b"1.5g", b"90", b"1h30m", b"500ms", b"2027-01-31T12:00:00Z", b"10m", b"in=1m,out=2m"),
+        *(
+            b"127.0.0.1:8080:80/tcp",
+            b"[::1]:1:2/udp",
+            b"net:ip=10.0.0.2,mac=02:00:00:00:00:01",
+            b"/tmp:size=1m",
+        ),
+        *(b"/a:/b:ro", b"memory:1g", b"db:10.0.0.5", b"10.0.0.0/8:443,[fd00::/8]:53/udp", b"SIGRTMIN+3"),
+    ]
+
+
+def settings_files() -> list[bytes]:
+    return [
+        b'host = "h1"\nmemory = "16g"\nlabels = "gpu=true,zone=a"\nrootfs_allow = ["/srv"]\nslots = 4\n',
+        b'broker_url = "rediss://worker:secret@h:6379"\ndefault_memory = 0\npublish_ports = "1-2"\n',
+    ]
+
+
+def fields() -> list[bytes]:
+    """One record, its fields as JSON of texts."""
+    made = {
+        "spec": '{"args": ["true"], "networks": [{"name": "net"}]}',
+        "stages": '[{"name": "netns", "verb": "do", "state": "done"}]',
+        "ips": '["10.0.0.2"]',
+        "publish": '[{"host_port": 1, "port": 2, "protocol": "tcp", "host_ip": null}]',
+        "error": '{"stage": "netns", "message": "no"}',
+        "limits": '{"pids": 7}',
+        "exit_code": "3",
+        "memory": "7",
+        "line": "any|spec/v1|0|net",
+        "restarts": "1",
+        "attempt": "2",
+    }
+    return [json.dumps(made).encode()]
+
+
+def store_files() -> list[bytes]:
+    """The description of an image of the store, and a reference to one."""
+    digest = "sha256:" + "ab" * 32
+    sizes = {"size_bytes": 1, "files": 1, "dropped": 0, "fingerprint": "f", "pulled_at": 1.5}
+    entry = {"kind": "image/v1", "digest": digest, "config": {}, **sizes}
+    return [
+        json.dumps(entry).encode(),
+        json.dumps({"reference": "a:b", "digest": digest, "at": 1.0}).encode(),
+    ]

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import re
 import socket
 import time
 from collections.abc import Callable
@@ -10,12 +12,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from kombu.transport.virtual import Message
 from kombu.utils import json as wire_json
 
-from cli import batch_specs
+from cli import batch_specs, parse
 from cli.batch_specs import BadFile
-from tasks import envelope, sealed, view, wire
+from tasks import envelope, rows, sealed, view, wire
 from tasks.messages import read_order, read_pull_order, read_words
 from tasks.signing import Refused, Trust
 from tasks.transport import Channel, Transport, _broken
@@ -27,12 +30,14 @@ from worker import (
     egress,
     ends,
     image_config,
+    image_entry,
     image_manifest,
     journal,
     k8s_log,
     limits,
     ports,
     reconcile,
+    spec_parts,
 )
 from worker.calls import read_call
 from worker.cni_config import find_network, list_networks, network_from_bytes
@@ -41,12 +46,14 @@ from worker.cni_result import converted, result_ips, typed
 from worker.errors import BadInput, BadNetwork, ImageError, Lost, SandbatchError
 from worker.image_entry import Image
 from worker.image_ref import absolute, parse_image
+from worker.image_refs import References
 from worker.image_user import find_user
 from worker.reconcile import Later
-from worker.settings import Settings
+from worker.settings import Settings, load_settings
 from worker.spec import Spec, make_spec
 
 ID = corpus.ID
+PASSWORD = re.compile(rb'^broker_url = "[^"\n]*secret[^"\n]*@', re.MULTILINE)
 
 
 def anything(data: bytes) -> Any:
@@ -315,6 +322,58 @@ def _root(folder: Path, users: bytes, groups: bytes) -> Path:
     return etc.parent
 
 
+def words(data: bytes, _folder: Path) -> None:
+    text = data.decode(errors="surrogateescape")
+    for read in (parse.size, parse.rate, parse.duration, parse.moment):
+        with contextlib.suppress(BadInput):
+            read(text, "--flag")
+    alone = (parse.network, parse.publish, parse.bandwidth, parse.bind, parse.tmpfs, parse.writable)
+    for one in (*alone, parse.name_and_address, parse.instant, parse.since):
+        with contextlib.suppress(BadInput):
+            one(text)
+    for check in (spec_parts.parse_egress, spec_parts.signal_name, spec_parts.stamp):
+        with contextlib.suppress(ValueError):
+            check(text)
+
+
+def settings_file(data: bytes, folder: Path) -> None:
+    file = folder / "sandbatch.toml"
+    file.write_bytes(data)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("SANDBATCH_")]:
+            patch.delenv(name)
+        patch.setenv("SANDBATCH_CONFIG", str(file))
+        words = ""
+        try:
+            load_settings()
+        except BadInput as error:
+            words = str(error)
+    if PASSWORD.search(data):
+        assert "secret" not in words
+
+
+def fields(data: bytes, _folder: Path) -> None:
+    """One record that another release or a stranger wrote, as lists and tables read it beside others."""
+    given = anything(data)
+    if isinstance(given, dict):
+        raw = {**{str(key): str(value) for key, value in given.items()}, "id": ID, "state": "running"}
+        json.dumps(view.shape(raw))
+        json.dumps(rows._row([raw.get(name) for name in rows.FIELDS]))
+
+
+def store_file(data: bytes, folder: Path) -> None:
+    image = folder / f"sha256-{'ab' * 32}"
+    (image / "rootfs").mkdir(parents=True)
+    (image / "image.json").write_bytes(data)
+    found = image_entry.read_entry(image, ())
+    assert found is None or found.rootfs.is_dir()
+    known = References(folder / "references")
+    known.folder.mkdir()
+    (known.folder / "a.json").write_bytes(data)
+    known.forget(tuple(name for names in known.by_digest().values() for name in names))
+    known.forget_strays(set())
+
+
 @dataclass(frozen=True)
 class Target:
     """`run` gets bytes, and an empty folder of its own; what it raises is a bug."""
@@ -335,5 +394,7 @@ TARGETS = (
     *(Target(corpus.messages, signed_message), Target(corpus.orders, order), Target(corpus.tokens, token)),
     *(Target(corpus.calls, call), Target(corpus.entries, entry), Target(corpus.records, record)),
     *(Target(corpus.references, reference), Target(corpus.manifests, manifest)),
-    *(Target(corpus.configs, config), Target(corpus.passwds, passwd)),
+    *(Target(corpus.configs, config), Target(corpus.passwds, passwd), Target(corpus.words, words)),
+    *(Target(corpus.settings_files, settings_file), Target(corpus.fields, fields)),
+    Target(corpus.store_files, store_file),
 )

@@ -406,6 +406,13 @@ def test_an_event_that_cannot_be_written_has_not_happened(known):
         {"event": "done", "stage": "image", "data": {"digest": 5}},
         {"event": "begun", "stage": "network", "intent": {"attachments": [{"if_name": "eth0"}]}},
         {"event": "begun", "stage": "network", "intent": {"attachments": 5}},
+        {"event": "begun", "stage": None, "intent": {}},
+        {"event": "done", "data": {}},
+        {"event": "done", "stage": "image", "data": {"digest": "a", "spec": {"args": [7]}}},
+        {"event": "done", "stage": "image", "data": {"digest": "a", "spec": {"env": None}}},
+        {"event": "facts", "facts": {"publish": [{"host_port": 1, "port": 2, "host_ip": None}]}},
+        {"event": "begun", "stage": "ready", "intent": {}, "t": None},
+        {"event": "begun", "stage": "ready", "intent": {}, "seq": None},
     ],
 )
 def test_an_event_of_another_shape_makes_a_journal_unreadable_and_ends_no_reader(known, event):
