@@ -164,6 +164,7 @@ class Fetcher:
         try:
             ref = parse_image(wanted.reference)
         except ValueError as error:  # of another release, or written by hand
+            self._book.note_told(name, turn)
             self._say(name, turn, "failed", f"image {wanted.reference}: {error}", "")
             return
         new = self._book.join(name, turn, wanted, ref)
@@ -229,8 +230,7 @@ class Fetcher:
             self._say(name, turn, outcome, detail, digest)
 
     def _say(self, name: str, turn: Turn, outcome: str, detail: str, digest: str) -> None:
-        """Tell in a thread; reconcile asks again for what could not be told."""
-        self._book.note_told(name, turn)
+        """Tell in a thread what the book has as told; reconcile asks again for what could not be told."""
 
         def call() -> None:
             try:
