@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.host.machine import difference, snapshot
+from tests.host.machine import unchanged
 from tests.host.redis_server import RedisServer
 from tests.host.system import System
 
@@ -17,9 +17,8 @@ SUBNETS = (f"10.{number}.0.0/24" for number in count(150))
 @pytest.fixture
 def unchanged_machine(host_parts: None) -> Iterator[None]:
     """After the test the machine is as before: rules, links, leases, netns, cgroups, mounts, processes."""
-    before = snapshot()
-    yield
-    assert difference(before, snapshot()) == {}
+    with unchanged():
+        yield
 
 
 @pytest.fixture
@@ -41,22 +40,18 @@ def make_system(unchanged_machine: None, tmp_path: Path) -> Iterator[Callable[..
 @pytest.fixture(scope="module")
 def system(host_parts: None, tmp_path_factory: Any) -> Iterator[System]:
     """A system that runs for all tests of a module; each removes what it launched (`clean_system`)."""
-    before = snapshot()
-    made = System(tmp_path_factory.mktemp("system"), next(SUBNETS))
-    made.start()
-    yield made
-    made.remove()
-    assert difference(before, snapshot()) == {}
+    with unchanged():
+        made = System(tmp_path_factory.mktemp("system"), next(SUBNETS))
+        made.start()
+        yield made
+        made.remove()
 
 
 @pytest.fixture
 def clean_system(system: System) -> Iterator[System]:
     """The module's system; after the test its sandboxes are removed and the audit is clean."""
     yield system
-    system.cli("rm", "--all")
-    assert system.audit() == []
-    # The record knows of the end before the journal's folder goes: the next test must not find it half there.
-    system.wait_until(lambda: not list(system.sandboxes.glob("*")), 10, "the journals' folders to go")
+    system.clear()
 
 
 @pytest.fixture(scope="module")
@@ -70,20 +65,17 @@ def server(host_parts: None, tmp_path_factory: Any) -> Iterator[RedisServer]:
 @pytest.fixture(scope="module")
 def keyed(server: RedisServer, tmp_path_factory: Any) -> Iterator[System]:
     """A host with keys, and the command line of the user alice."""
-    before = snapshot()
-    made = System(tmp_path_factory.mktemp("keyed"), next(SUBNETS), server.env("user-alice"))
-    host = server.env("host-test")
-    made.worker_url = host["SANDBATCH_BROKER_URL"]
-    made.start(**host)
-    yield made
-    made.remove()
-    assert difference(before, snapshot()) == {}
+    with unchanged():
+        made = System(tmp_path_factory.mktemp("keyed"), next(SUBNETS), server.env("user-alice"))
+        host = server.env("host-test")
+        made.worker_url = host["SANDBATCH_BROKER_URL"]
+        made.start(**host)
+        yield made
+        made.remove()
 
 
 @pytest.fixture
 def clean_keyed(keyed: System) -> Iterator[System]:
     """The module's host with keys; after the test its sandboxes are removed and the audit is clean."""
     yield keyed
-    keyed.cli("rm", "--all")
-    assert keyed.audit() == []
-    keyed.wait_until(lambda: not list(keyed.sandboxes.glob("*")), 10, "the journals' folders to go")
+    keyed.clear()

@@ -4,6 +4,8 @@ import json
 import os
 import re
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 COUNTERS = re.compile(r"\[\d+:\d+\]|counter packets \d+ bytes \d+|^#.*$", re.MULTILINE)
@@ -34,6 +36,14 @@ def snapshot() -> dict[str, list[str]]:
         ),
         "processes": _processes(),
     }
+
+
+@contextmanager
+def unchanged() -> Iterator[None]:
+    """After the block the machine is as before."""
+    before = snapshot()
+    yield
+    assert difference(before, snapshot()) == {}
 
 
 def difference(before: dict[str, list[str]], after: dict[str, list[str]]) -> dict[str, list[str]]:

@@ -123,9 +123,7 @@ def images(machine: Images) -> Iterator[Images]:
     machine.skopeo.forget()
     machine.umoci.forget()
     system = machine.system
-    system.cli("rm", "--all")
-    assert system.audit() == []
-    system.wait_until(lambda: not list(system.sandboxes.glob("*")), 10, "the journals' folders to go")
+    system.clear()
     system.wait_until(lambda: not machine.in_store(".pulling"), 10, "the pulls' folders to go")
 
 

@@ -10,7 +10,7 @@ from tasks.app import make_app, options
 from tasks.keys import line_key, sandbox_key, sealed_key
 from tasks.messages import Order
 from tests.host.conftest import SUBNETS
-from tests.host.machine import difference, snapshot
+from tests.host.machine import unchanged
 from tests.host.system import SERVER, System
 from worker.settings import Settings
 
@@ -32,20 +32,18 @@ def start(system: System, keys: Path) -> None:
 @pytest.fixture(scope="module")
 def signed(host_parts: None, keys: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     """A host that listens to alice and to itself; its command line is alice's."""
-    before = snapshot()
-    made = System(tmp_path_factory.mktemp("system"), next(SUBNETS))
-    start(made, keys)
-    made.env["SANDBATCH_SIGNING_KEY"] = str(keys / "user-alice.key")
-    yield made
-    made.remove()
-    assert difference(before, snapshot()) == {}
+    with unchanged():
+        made = System(tmp_path_factory.mktemp("system"), next(SUBNETS))
+        start(made, keys)
+        made.env["SANDBATCH_SIGNING_KEY"] = str(keys / "user-alice.key")
+        yield made
+        made.remove()
 
 
 @pytest.fixture
 def alices(signed: System) -> Iterator[System]:
     yield signed
-    signed.cli("rm", "--all")
-    assert signed.audit() == []
+    signed.clear()
 
 
 def test_whole_lives_of_what_is_signed(alices: System) -> None:
