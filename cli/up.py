@@ -20,8 +20,9 @@ from cli.output import say
 from tasks import signing
 from tasks.connection import check, connect
 from worker import log_lines
-from worker.doctor import check_host
+from worker.doctor import NEWER, check_host
 from worker.errors import BadInput, HostNotReady, SandbatchError
+from worker.probe_runsc import remembered
 from worker.settings import Settings
 from worker.subnet import NAME, ensure_network
 
@@ -99,6 +100,9 @@ def _prepare(settings: Settings) -> None:
     if settings.network == NAME:
         ensure_network(settings)
     check_host(settings)
+    if (known := remembered(settings)) and known.is_old:
+        words = "only this worker's read-only mounts keep its sandboxes from changing what is bound"
+        log.warning("runsc %s: %s; %s", known.version, words, NEWER)
 
 
 def run_up(settings: Settings, *, flower_port: int | None = None) -> int:

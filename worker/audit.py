@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from worker import (
     journal,
     limits,
     logs,
+    mounted,
     netns,
     nft,
     ports,
@@ -49,7 +50,7 @@ MASQUERADE_TABLE = "cni_plugins_masquerade"  # of plugins that work through nfta
 
 @dataclass(frozen=True, order=True)
 class Finding:
-    """One object: `problem` is "extra", "missing", "stuck", "unreadable" or "changed".
+    """One object: `problem` is "extra", "missing", "stuck", "unreadable", "writable" or "changed".
 
     Of `audit --deep` also what is no fault: "expected" and "skipped".
     """
@@ -404,6 +405,22 @@ def _processes(look: _Look) -> None:
         for role in ("conmon", "sandbox", "gofer"):
             if (container_id, role) not in alive:
                 look._add("process", f"{role} of {container_id}", "missing", container_id, "it has ended")
+    _given(look, [one for one in found if one.role == "gofer" and look.is_due(one.container_id, "container")])
+
+
+def _given(look: _Look, gofers: Iterable[procs.Proc]) -> None:
+    """What a sandbox is given of the host is read-only on the host's side, also after its start."""
+    for gofer in gofers:
+        try:
+            lines = mounted.mounts_of(gofer.pid)
+        except OSError:
+            continue  # it has just ended
+        for line in lines:
+            if line.lacking:
+                problem = "writable" if "ro" in line.lacking else "changed"
+                name = f"{line.point} of gofer {gofer.pid}"
+                words = f"{line.root} of the host is mounted without {', '.join(line.lacking)}"
+                look._add("mount", name, problem, gofer.container_id, words)
 
 
 def _has_just_ended(settings: Settings, container_id: str) -> bool:

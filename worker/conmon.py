@@ -7,12 +7,15 @@ import json
 import os
 import re
 import select
+import shutil
 import subprocess
 import time
+from functools import lru_cache
 from pathlib import Path
 
 from worker import faults, k8s_log, procs
 from worker.errors import HostNotReady, ProcessTimeout, RunscError
+from worker.mounted import confirm, given_by, read_only_view
 from worker.process import last_words
 from worker.runsc import Runsc, clean_env
 from worker.settings import Settings
@@ -32,6 +35,32 @@ def create(
 ) -> None:
     """Create the container of a bundle, under a conmon of its own; `runsc.start` then starts it.
 
+    All that the bundle gives of the host is read-only there, and confirmed to be (`worker.mounted`).
+    After an error, and before a second try, `end_container` is due.
+
+    Raises:
+        SandbatchError: A source is not there.
+        NotContained: The gofer has something else than the bundle says, or something writable.
+        RunscError, ProcessTimeout: As `create_in`.
+    """
+    config = json.loads((bundle_dir / "config.json").read_text())
+    with read_only_view(given_by(config)) as view:
+        create_in(view.namespace, runsc, settings, container_id, bundle_dir, log_path, netns_path)
+    faults.point("conmon.confirm.before")
+    confirm(runsc.gofer_pid(container_id), view)
+
+
+def create_in(
+    namespace: Path,
+    runsc: Runsc,
+    settings: Settings,
+    container_id: str,
+    bundle_dir: Path,
+    log_path: Path,
+    netns_path: Path,
+) -> None:
+    """`create` with runsc in a mount namespace that is there; conmon stays in ours.
+
     `bundle_dir` must lie in a folder named after the id: by it `end_container` finds the gofer of
     the 2024 runsc. After an error, and before a second try, `end_container` is due.
 
@@ -46,7 +75,7 @@ def create(
     for folder in (log_path.parent, exit_dir):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     _cut_log(log_path, settings.log_max_bytes)
-    argv = create_argv(runsc, settings, container_id, bundle_dir, log_path, netns_path)
+    argv = create_argv(namespace, runsc, settings, container_id, bundle_dir, log_path, netns_path)
     deadline = time.monotonic() + runsc.timeout_s
     try:
         answer = _spawn(faults.program("conmon.create", argv), bundle_dir / CONMON_OUTPUT, deadline)
@@ -58,14 +87,21 @@ def create(
 
 
 def create_argv(
-    runsc: Runsc, settings: Settings, container_id: str, bundle_dir: Path, log_path: Path, netns_path: Path
+    namespace: Path,
+    runsc: Runsc,
+    settings: Settings,
+    container_id: str,
+    bundle_dir: Path,
+    log_path: Path,
+    netns_path: Path,
 ) -> list[str]:
-    """What `create` runs."""
+    """What `create` runs: conmon, with `nsenter … runsc` as its runtime."""
+    runtime = [f"--mount={namespace}", str(runsc.binary), *runsc.create_args(netns_path)]
     return [
         *("conmon", "--api-version", "1"),
         *("-c", container_id, "-u", container_id, "-n", container_id),
-        *("-r", str(runsc.binary)),
-        *(f"--runtime-arg={arg}" for arg in runsc.create_args(netns_path)),
+        *("-r", _nsenter()),
+        *(f"--runtime-arg={arg}" for arg in runtime),
         *("-b", str(bundle_dir)),
         *("-p", str(bundle_dir / PID_FILE), "--conmon-pidfile", str(bundle_dir / CONMON_PID_FILE)),
         *("--exit-dir", str(settings.exit_dir), "-l", f"k8s-file:{log_path}", "--log-level", "warning"),
@@ -73,6 +109,15 @@ def create_argv(
         f"--log-size-max={settings.log_max_bytes}",
         "--no-sync-log",  # an fsync for every end; logs need not outlive a power cut
     ]
+
+
+@lru_cache(maxsize=1)
+def _nsenter() -> str:
+    """conmon looks for no program on the PATH."""
+    found = shutil.which("nsenter")
+    if found is None:
+        raise HostNotReady("nsenter", "not on the PATH", "run sandbatch setup")
+    return found
 
 
 def _cut_log(log_path: Path, limit_bytes: int) -> None:

@@ -12,8 +12,8 @@ from worker.cni import CniRuntime
 from worker.cni_config import find_network
 from worker.egress_rules import Link, load_text, ruleset
 from worker.errors import BadNetwork, HostNotReady, SandbatchError
-from worker.probe_runsc import probe
-from worker.runsc import find_binary
+from worker.probe_runsc import HOLE, probe
+from worker.runsc import MENDED, find_binary
 from worker.settings import Settings
 from worker.subnet import NAME, lacks_ports
 
@@ -32,6 +32,7 @@ OPTIONAL = {"nft": "nftables", "skopeo": "skopeo", "umoci": "umoci"}
 IMAGES = ("skopeo", "umoci")
 # Without one skopeo copies nothing; its package brings it, but one of the two may have been taken by hand.
 POLICY, POLICY_PACKAGE = "image policy", "golang-github-containers-common"
+NEWER = f"take gVisor's {MENDED} or a later one, see runsc in the README"
 PLUGINS = ("bridge", "host-local", "loopback")
 
 
@@ -186,8 +187,8 @@ def _runsc(settings: Settings) -> Row:
     except SandbatchError as error:
         return Row("runsc", str(error), "", False, SETUP)
     if not found.ok:
-        return Row(
-            "runsc", f"{binary}: {found.error}", found.version, False, f"{SETUP}, or a release of gVisor's"
-        )
+        mend = NEWER if HOLE in found.error else f"{SETUP}, or a release of gVisor's"
+        return Row("runsc", f"{binary}: {found.error}", found.version, False, mend)
     trick = ", with /proc/sys/net/core hidden" if found.hides_sysctl else ""
-    return Row("runsc", str(binary) + trick, found.version, True, "")
+    hint = f"only the worker's read-only mounts hold its binds: {NEWER}" if found.is_old else ""
+    return Row("runsc", str(binary) + trick, found.version, True, hint)

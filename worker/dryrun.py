@@ -7,6 +7,7 @@ name of a link, a plugin's result) has a placeholder in its place; `unknown` say
 import os
 from collections.abc import Iterator
 from ipaddress import ip_network
+from pathlib import Path
 from typing import Any
 
 from worker import attachments, conmon, egress, netns
@@ -29,6 +30,7 @@ from worker.stages import Host, bundle_data, check_host, config_of, make_host, r
 CONTAINER_ID = "sb-0000000000000000"
 PREV_RESULT = "the result of the plugin before it"
 HOST_PORT = "a free port of the host"
+NAMESPACE = Path("/proc/PID/fd/FD")
 HIDDEN = "(as asked for)"
 MAC, HOST_END = "02:00:00:00:00:00", "veth{:08x}"
 DOCUMENTS_RANGE = ("192.0.2.2/24", "192.0.2.1/24")  # where the IPAM plugin's range is not known
@@ -53,7 +55,7 @@ def dry_run(spec: Spec, settings: Settings) -> dict[str, Any]:
         {**one.model_dump(), "host_port": one.host_port or HOST_PORT} for one in spec.publish
     ]
     links = attachments.planned(journal)
-    unknown = {"container_id": CONTAINER_ID}
+    unknown = {"container_id": CONTAINER_ID, "mount namespace": str(NAMESPACE)}
     if spec.image is not None:
         image = _image(spec.image, settings)
         journal.asked = asked.model_copy(update=overrides(asked, image, settings))
@@ -125,9 +127,8 @@ def _calls(host: Host, links: list[attachments.Planned], unknown: dict[str, str]
 def _commands(host: Host, journal: Journal) -> Iterator[list[str]]:
     """The two programs that a launch starts: conmon, with `runsc create`, and `runsc start`."""
     path, runsc = netns.netns_path(journal.container_id), runsc_of(host, journal)
-    yield conmon.create_argv(
-        runsc, host.settings, journal.container_id, journal.bundle, journal.log_path, path
-    )
+    where = (journal.container_id, journal.bundle, journal.log_path, path)
+    yield conmon.create_argv(NAMESPACE, runsc, host.settings, *where)
     yield runsc.start_argv(journal.container_id, path)
 
 

@@ -67,6 +67,10 @@ class RunscError(SandbatchError):
     """runsc or conmon refused a verb; `why` is its own last message, cut short."""
 
 
+class NotContained(SandbatchError):
+    """A created container has something of the host that it was not given, or could write to it."""
+
+
 class NotReady(SandbatchError):
     """The sandbox did not answer its probe before the deadline, or ended first."""
 

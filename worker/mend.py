@@ -48,6 +48,7 @@ FAREWELL_S = 5.0  # a killed process is gone within this time
 HAS_JOURNAL = "its sandbox has a journal here: the worker undoes it, see sandbatch rm"
 WORKER_GOES_ON = "the worker goes on trying; it says why"
 MISSING = "nothing brings it back: sandbatch rm undoes the rest of its sandbox"
+WRITABLE = "what has gone through it is not known: sandbatch rm ends its sandbox"
 NO_PROOF = "nothing proves whose it is: remove it by hand, or leave it"
 # What else than bundle and log a killed `create`, or a log of conmon's, leaves in a sandbox's folder.
 OUR_FILES = ("container.log", f".{journal.FILE}.")
@@ -101,6 +102,8 @@ def _reason(finding: Finding, reasons: dict[str, str]) -> str:
     known = reasons.get(finding.name) or reasons.get(finding.container_id)
     if finding.problem == "missing":
         return (known if _is_open(finding) else None) or MISSING
+    if finding.kind == "mount" and finding.problem != "extra":
+        return WRITABLE
     if finding.problem == "stuck":
         return known or WORKER_GOES_ON
     return known or NO_PROOF

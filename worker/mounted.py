@@ -1,64 +1,240 @@
-"""What runsc really mounted: the gofer's mount table, looked at after `create` and before `start`.
+"""The read-only view that `runsc create` has of the host, and what its gofer really mounted.
 
-Between our look at a source (`worker.mounts`) and runsc's mount of it, somebody who may write to an
-allowed folder on the host can put a symlink in place of a part of the path. A mount once made does
-not change any more, so this look has no such gap, and nothing of the sandbox has run by then.
+runscs before July 2025 mount a "read-only" bind writable on the host's side, and only the sentry
+refuses to write (measured: O_TRUNC gets through; gVisor commit 8a1a0408a mends it). So `create` runs
+in a mount namespace of its own, in which each source is covered by a mount of itself that is `ro,
+nosuid,nodev`, with all mounts below it. A bind takes over the flags of the mount it is made from. The
+namespace has no name and ends with the gofer: there is nothing to undo, and nothing that a reboot or a
+killed worker leaves.
 """
 
+import ctypes
+import errno
 import os
-from collections.abc import Iterator
+import re
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
-from worker import procs
-from worker.errors import SandbatchError
+from worker.errors import HostNotReady, NotContained, SandbatchError
+
+CLONE_NEWNS = 0x00020000
+MS_REC, MS_PRIVATE, MS_SLAVE = 0x4000, 1 << 18, 1 << 19
+# One number each on every architecture that gVisor runs on (Linux, include/uapi/asm-generic/unistd.h).
+SYS_OPEN_TREE, SYS_MOVE_MOUNT, SYS_MOUNT_SETATTR = 428, 429, 442
+AT_FDCWD, AT_EMPTY_PATH, AT_RECURSIVE = -100, 0x1000, 0x8000
+OPEN_TREE_CLONE = 1
+MOVE_MOUNT_F_EMPTY_PATH = 4
+ATTR_RDONLY, ATTR_NOSUID, ATTR_NODEV = 1, 2, 4
+FLAGS = ("ro", "nosuid", "nodev")  # the same, as mountinfo has them
+ESCAPED = re.compile(rb"[ \t\n\\#]")  # as \040 in mountinfo
+ROOT = "/"
+OWN_TABLE = Path("/proc/self/mountinfo")
+SEE_LOG = "see runsc.log in the run folder"
+CHROOT_S, CHROOT_PAUSE_S = 2.0, 0.005
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a sandbox is given of the host: the folder or file `source`, at `target` inside."""
+
+    target: str
+    source: str
+    is_recursive: bool  # with what is mounted below it
+
+
+@dataclass(frozen=True)
+class View:
+    """The namespace for one `create`, and which inode each target must lead to.
+
+    `namespace` is valid inside the block of `read_only_view` alone.
+    """
+
+    namespace: Path
+    expected: Mapping[str, tuple[int, int]]  # target -> device and inode
+    recursive: frozenset[str]
+
+    def may_hold(self, point: PurePosixPath) -> bool:
+        """It lies below a target that comes with what is mounted below its source."""
+        return any(point.is_relative_to(PurePosixPath(target)) for target in self.recursive)
 
 
 @dataclass(frozen=True)
 class MountLine:
-    """One line of a mountinfo file: what of which file system is mounted where."""
+    """One line of a mountinfo file: what of which file system is mounted where, and how."""
 
-    device: str
     root: str  # the path of what is mounted, in its own file system
     point: PurePosixPath
+    flags: frozenset[str]
+
+    @property
+    def lacking(self) -> list[str]:
+        """Which of `FLAGS` it lacks."""
+        return [one for one in FLAGS if one not in self.flags]
 
 
-def mount_lines(path: Path) -> Iterator[MountLine]:
-    """The mounts of a process, as it sees them, the uppermost of a place last."""
-    for line in path.read_bytes().splitlines():
-        fields = line.split(b" ")
-        yield MountLine(fields[2].decode(), _text(fields[3]), PurePosixPath(_text(fields[4])))
+class _MountAttr(ctypes.Structure):
+    """`struct mount_attr` of mount_setattr(2)."""
+
+    _fields_ = tuple((name, ctypes.c_uint64) for name in ("set", "clear", "propagation", "userns"))
 
 
-def confirm_binds(runsc_root: Path, container_id: str, binds: dict[str, str]) -> None:
-    """See that a created container has these sources (target -> source) mounted, and no others there.
+def given_by(config: Mapping[str, Any]) -> list[Given]:
+    """What a config.json gives of the host: the root first, then its binds."""
+    binds = [one for one in config["mounts"] if one["type"] == "bind"]
+    return [
+        Given(ROOT, config["root"]["path"], False),
+        *(Given(one["destination"], one["source"], "rbind" in one["options"]) for one in binds),
+    ]
+
+
+@contextmanager
+def read_only_view(given: Sequence[Given]) -> Iterator[View]:
+    """A mount namespace in which each source is read-only; nothing changes in the host's own.
+
+    The covers are private: what the host mounts or unmounts below a source later stays outside.
 
     Raises:
-        SandbatchError: Something else is mounted, or it cannot be seen.
+        HostNotReady: The kernel cannot make one.
+        SandbatchError: A source is not there.
     """
-    gofers = [one for one in procs.processes_of(runsc_root, container_id) if one.role == "gofer"]
-    found = {str(one.point): one for gofer in gofers for one in _of_process(gofer.pid)}
-    own = _of_process(os.getpid())
-    for target, source in binds.items():
-        there = found.get(target)
-        if there is None:
-            raise SandbatchError(f"bind {source}", f"runsc has not mounted it at {target}", "see runsc.log")
-        if (there.device, there.root) != where(source, own):
-            why = f"{there.root} was in its place when runsc mounted it"
-            raise SandbatchError(f"bind {source}", why, "see who writes to the allowed folder on the host")
+    made: list[tuple[int, dict[str, tuple[int, int]]]] = []
+    errors: list[Exception] = []
+
+    def make() -> None:
+        try:
+            made.append(_make(given))
+        except Exception as error:  # noqa: BLE001 - it is raised again, in the caller's thread
+            errors.append(error)
+
+    thread = threading.Thread(target=make, name="read-only view")  # the namespace is the thread's alone
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    [(handle, expected)] = made
+    try:
+        recursive = frozenset(one.target for one in given if one.is_recursive)
+        yield View(Path(f"/proc/{os.getpid()}/fd/{handle}"), expected, recursive)
+    finally:
+        os.close(handle)
 
 
-def where(path: str, own: list[MountLine]) -> tuple[str, str]:
-    """The device of a path and its place in that file system, as a bind of it shows them."""
-    inside = PurePosixPath(path)
-    mounts = [one for one in own if inside.is_relative_to(one.point)]
-    top = max(mounts, key=lambda one: len(one.point.parts), default=MountLine("", "/", PurePosixPath("/")))
-    uppermost = [one for one in mounts if one.point == top.point][-1:] or [top]
-    return uppermost[0].device, str(PurePosixPath(uppermost[0].root) / inside.relative_to(top.point))
+def confirm(gofer_pid: int, view: View) -> None:
+    """See that a created container has what the view expects and nothing else, all of it read-only.
+
+    Between our look at a source (`worker.mounts`) and the gofer's mount of it, somebody who may write to
+    an allowed folder on the host can put a symlink in place of a part of the path. A mount once made does
+    not change any more, and nothing of the sandbox has run before `start`: this look has no such gap.
+
+    Raises:
+        NotContained: Something else is mounted, something is writable, or it cannot be seen.
+    """
+    try:
+        _wait_for_root(gofer_pid, view.expected[ROOT])
+        lines = {str(one.point): one for one in mounts_of(gofer_pid)}
+        found = {one: _inode(Path(f"/proc/{gofer_pid}/root{one}")) for one in view.expected if one in lines}
+    except OSError as error:
+        raise NotContained("mounts of the sandbox", f"cannot be seen: {error.strerror}", SEE_LOG) from error
+    for target, inode in view.expected.items():
+        if target not in lines:
+            raise NotContained(f"mount at {target}", "runsc has not mounted it", SEE_LOG)
+        if found[target] != inode:
+            why = f"{lines[target].root} was in its place when runsc mounted it"
+            raise NotContained(f"mount at {target}", why, "see who writes to the allowed folder on the host")
+    for point, line in lines.items():
+        if line.lacking:
+            why = f"runsc has mounted it without {', '.join(line.lacking)}"
+            raise NotContained(f"mount at {point}", why, "take another runsc, see sandbatch doctor")
+        if point not in view.expected and not view.may_hold(line.point):
+            raise NotContained(f"mount at {point}", "the bundle has nothing there", SEE_LOG)
 
 
-def _of_process(pid: int) -> list[MountLine]:
-    return list(mount_lines(Path(f"/proc/{pid}/mountinfo")))
+def _wait_for_root(gofer_pid: int, inode: tuple[int, int]) -> None:
+    """Wait until the gofer has changed its root: `create` does not wait for that, and nothing tells it."""
+    deadline = time.monotonic() + CHROOT_S
+    while _inode(Path(f"/proc/{gofer_pid}/root/")) != inode and time.monotonic() < deadline:
+        time.sleep(CHROOT_PAUSE_S)
+
+
+def mounts_of(pid: int) -> list[MountLine]:
+    """The mounts that a process can reach, as it sees them, the uppermost of a place last.
+
+    Raises:
+        OSError: It has ended.
+    """
+    return [parse_mount(line) for line in Path(f"/proc/{pid}/mountinfo").read_bytes().splitlines()]
+
+
+def parse_mount(line: bytes) -> MountLine:
+    """One line of a mountinfo file (proc_pid_mountinfo(5))."""
+    fields = line.split(b" ")
+    flags = frozenset(fields[5].decode().split(","))
+    return MountLine(_text(fields[3]), PurePosixPath(_text(fields[4])), flags)
+
+
+def mounted_below(folder: Path) -> str:
+    """A mount point of ours below a folder; empty if there is none."""
+    table = OWN_TABLE.read_bytes()
+    if not folder.is_dir():
+        return ""
+    # Most of a busy host's lines are netns of sandboxes: only those that can match are parsed.
+    prefix = ESCAPED.sub(lambda found: b"\\%03o" % found[0][0], os.fsencode(folder)).rstrip(b"/")
+    lines = (parse_mount(line) for line in table.splitlines() if b" " + prefix + b"/" in line)
+    return next((str(one.point) for one in lines if PurePosixPath(folder) in one.point.parents), "")
+
+
+def _make(given: Sequence[Given]) -> tuple[int, dict[str, tuple[int, int]]]:
+    """In a thread of its own: enter a new namespace, cover each source, and return a handle on it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    _check(libc.unshare(CLONE_NEWNS), "unshare")
+    _check(libc.mount(None, b"/", None, ctypes.c_ulong(MS_REC | MS_SLAVE), None), "mount")
+    expected = {one.target: _cover(libc, one) for one in given}
+    return os.open("/proc/thread-self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC), expected
+
+
+def _cover(libc: ctypes.CDLL, one: Given) -> tuple[int, int]:
+    path = os.fsencode(one.source)
+    flags = OPEN_TREE_CLONE | os.O_CLOEXEC | (AT_RECURSIVE if one.is_recursive else 0)
+    tree = _check(_syscall(libc, SYS_OPEN_TREE, AT_FDCWD, path, flags), one.source)
+    try:
+        attr = _MountAttr(ATTR_RDONLY | ATTR_NOSUID | ATTR_NODEV, 0, MS_PRIVATE, 0)
+        size = ctypes.sizeof(attr)
+        call = (SYS_MOUNT_SETATTR, tree, b"", AT_EMPTY_PATH | AT_RECURSIVE, ctypes.byref(attr), size)
+        _check(_syscall(libc, *call), one.source)
+        move = (SYS_MOVE_MOUNT, tree, b"", AT_FDCWD, path, MOVE_MOUNT_F_EMPTY_PATH)
+        _check(_syscall(libc, *move), one.source)
+        return _inode(tree)
+    finally:
+        os.close(tree)
+
+
+def _syscall(libc: ctypes.CDLL, number: int, *args: Any) -> int:
+    """syscall(2); its integers are longs."""
+    return int(libc.syscall(ctypes.c_long(number), *map(_as_long, args)))
+
+
+def _as_long(value: Any) -> Any:
+    return ctypes.c_long(value) if isinstance(value, int) else value
+
+
+def _check(result: int, what: str) -> int:
+    if result >= 0:
+        return result
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EPERM):
+        why = f"cannot make a read-only view ({os.strerror(number)})"
+        raise HostNotReady(f"mount namespace: {what}", why, "Linux 5.12 or later is needed, and root")
+    raise SandbatchError(f"bind {what}", os.strerror(number), "see that it is on the sandbox's host")
+
+
+def _inode(place: int | Path) -> tuple[int, int]:
+    found = os.stat(place)
+    return found.st_dev, found.st_ino
 
 
 def _text(field: bytes) -> str:

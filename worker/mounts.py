@@ -1,7 +1,7 @@
 """What a sandbox has mounted: read-only binds of allowed host folders, and tmpfs.
 
-runsc makes a bind's missing mount point in the root file system, on the host, where all sandboxes
-would share it (measured with the 2024 and 2026 ones). So every mount point must be there before:
+runsc would make a bind's missing mount point in the root file system, which all its sandboxes share
+and which is read-only for runsc, too (`worker.mounted`). So every mount point must be there before:
 in the generated root by a generation that has it, in a folder of the user's by the user, in an image
 by who built it.
 """
@@ -14,8 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from worker.errors import BadInput
-from worker.mounted import mount_lines
-from worker.rootfs import check_cwd, host_tree, is_host, root_of
+from worker.rootfs import check_cwd, check_may_be_given, host_tree, is_host, root_of
 from worker.settings import Settings
 from worker.spec import Spec
 from worker.spec_parts import Mount, plain_path
@@ -24,7 +23,6 @@ from worker.tree import Tree
 # `bind`, not `rbind`: what is mounted below an allowed folder was not allowed with it.
 BIND_OPTIONS = ("bind", "ro", "nosuid", "nodev")
 TMPFS_OPTIONS = ("nosuid", "nodev", "mode=1777")
-KERNELS_OWN = ("/proc", "/sys", "/dev")  # files there are doors into the kernel
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ def lay_out(spec: Spec, own: Iterable[dict[str, Any]], settings: Settings) -> La
 def check_source(source: str, settings: Settings) -> Path:
     """The folder or file itself, symlinks followed, if it may be bound.
 
-    What is bound is this path, not the one that was asked for; `worker.mounted` sees to it that
+    What is bound is this path, not the one that was asked for; `worker.mounted.confirm` sees to it that
     it was still this one when runsc mounted it.
 
     Raises:
@@ -94,14 +92,7 @@ def check_source(source: str, settings: Settings) -> Path:
         )
     if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
         raise BadInput(what, "it is a socket, a pipe or a device", "name a folder or a file")
-    if any(found.is_relative_to(folder) for folder in KERNELS_OWN):
-        raise BadInput(what, f"{found} is the kernel's", "a sandbox has its own /proc, /sys and /dev")
-    for own in (settings.state_dir.resolve(), settings.run_dir.resolve()):
-        if found.is_relative_to(own) or own.is_relative_to(found):
-            raise BadInput(what, f"sandbatch's own files are in {own}", "name another folder")
-    below = _mounted_below(found) if stat.S_ISDIR(mode) else ""
-    if below:  # runsc would fail without a word: the kernel does not tear such a mount off
-        raise BadInput(what, f"{below} is mounted below it", "bind a folder without mounts, each by itself")
+    check_may_be_given(what, found, settings)
     return found
 
 
@@ -112,12 +103,6 @@ def _oci(mount: Mount, settings: Settings) -> dict[str, Any]:
         size = [] if mount.size_bytes is None else [f"size={mount.size_bytes}"]
         source, options = "tmpfs", [*TMPFS_OPTIONS, *size]
     return {"destination": mount.target, "type": mount.type, "source": source, "options": options}
-
-
-def _mounted_below(folder: Path) -> str:
-    """A mount point below a folder, or nothing."""
-    points = (one.point for one in mount_lines(Path("/proc/self/mountinfo")))
-    return next((str(point) for point in points if PurePosixPath(folder) in point.parents), "")
 
 
 def _check_way(tree: Tree, target: str) -> None:

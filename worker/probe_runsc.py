@@ -1,4 +1,4 @@
-"""Judge this host's runsc by running a sandbox with it, not by its version."""
+"""Judge this host's runsc by running a sandbox with it, not by its version: it runs, and it contains."""
 
 import fcntl
 import json
@@ -15,13 +15,19 @@ from pathlib import Path
 from uuid import uuid4
 
 from worker import bundle, conmon, netns
-from worker.errors import ProcessTimeout, RunscError, SandbatchError
+from worker.errors import NotContained, ProcessTimeout, RunscError, SandbatchError
 from worker.locks import open_private
-from worker.runsc import Runsc
+from worker.mounts import BIND_OPTIONS
+from worker.runsc import Runsc, is_old
 from worker.settings import Settings
 from worker.spec import make_spec, new_container_id
 
 ROOT_NETNS_WORDS = "cannot run with network enabled in root network namespace"
+# Opens a file of a read-only bind with O_TRUNC: by itself an old runsc lets that through to the host.
+BAIT, BAIT_TEXT, BAIT_TARGET = "bait", "as it was\n", "/var/www/html"
+TRUNCATE = ["sh", "-c", f"(: > {BAIT_TARGET}/{BAIT}) 2>/dev/null; test -e {BAIT_TARGET}/{BAIT}"]
+HOLE = "a sandbox could change a file of a read-only bind on the host"
+FORMAT = 2  # of the cache: what an older probe did not try is not known
 DYNAMIC_WORDS = "waiting for sandbox to start: EOF"
 SIDECARS_SINCE = 202608  # since these releases runsc has a folder gvisor-bin/ beside it
 PROBE_TIMEOUT_S = 20.0  # --platform=kvm hangs where there is no real KVM
@@ -38,6 +44,11 @@ class RunscProbe:
     seconds: float
     error: str
     version: str
+
+    @property
+    def is_old(self) -> bool:
+        """It mounts binds writable on the host's side: only the worker's read-only view holds them."""
+        return is_old(self.version)
 
 
 def probe(settings: Settings) -> RunscProbe:
@@ -98,7 +109,7 @@ def _probe(runsc: Runsc, settings: Settings) -> RunscProbe:
 
 
 def _run_sandbox(runsc: Runsc, settings: Settings) -> str:
-    """Run `true` in a sandbox with an address; the error's words, or nothing. Leaves nothing behind."""
+    """Run `TRUNCATE` in a sandbox with an address; the error's words, or nothing. Leaves nothing behind."""
     container_id = new_container_id()
     folder = Path(tempfile.mkdtemp(prefix="probe-", dir=settings.run_dir))
     runsc = replace(
@@ -107,17 +118,26 @@ def _run_sandbox(runsc: Runsc, settings: Settings) -> str:
     own = settings.model_copy(update={"run_dir": folder})  # exit files: not among those of real sandboxes
     bundle_dir = folder / container_id / "bundle"
     bundle_dir.mkdir(parents=True)  # first of all: by its name a later probe knows what to sweep
+    bait = folder / BAIT / BAIT
+    bait.parent.mkdir()
+    bait.write_text(BAIT_TEXT)
     try:
         netns_path = _make_netns(container_id)
-        spec = make_spec(args=["true"])
-        bundle.write_bundle(bundle_dir, bundle.make_config(spec, container_id, netns_path, settings))
+        config = bundle.make_config(make_spec(args=TRUNCATE), container_id, netns_path, settings)
+        bind = {"destination": BAIT_TARGET, "type": "bind", "source": str(bait.parent)}
+        config["mounts"].append({**bind, "options": list(BIND_OPTIONS)})
+        bundle.write_bundle(bundle_dir, config)
         log_path = folder / container_id / "log"
         conmon.create(runsc, own, container_id, bundle_dir, log_path, netns_path)
         runsc.start(container_id, netns_path)
         if not conmon.wait_for_exit(runsc, container_id, runsc.timeout_s):
-            return f"`true` did not end within {runsc.timeout_s:g} s"
+            return f"`sh` did not end within {runsc.timeout_s:g} s"
         code = conmon.exit_code(own.exit_dir, container_id)
-        return "" if code == 0 else f"`true` ended with code {code}: {conmon.tail_log(log_path)}"
+        if bait.read_text() != BAIT_TEXT:
+            return HOLE
+        return "" if code == 0 else f"`sh` ended with code {code}: {conmon.tail_log(log_path)}"
+    except NotContained as error:
+        return f"{HOLE}: {error}"
     except (RunscError, ProcessTimeout) as error:
         return error.why
     finally:
@@ -148,7 +168,7 @@ def _lacking_sidecars(binary: Path, version: str) -> str:
 
 def _key(runsc: Runsc) -> list[str | int]:
     found = runsc.binary.stat()
-    file: list[str | int] = [str(runsc.binary), found.st_mtime_ns, found.st_size]
+    file: list[str | int] = [FORMAT, str(runsc.binary), found.st_mtime_ns, found.st_size]
     return [*file, platform.release(), runsc.platform, runsc.network]
 
 

@@ -21,8 +21,10 @@ from uuid import uuid4
 
 from worker.errors import BadInput, SandbatchError
 from worker.locks import open_private
+from worker.mounted import mounted_below
 from worker.settings import Settings
 from worker.spec import Spec
+from worker.spec_parts import KERNELS_OWN
 from worker.sync import sync_folder
 from worker.tree import Tree
 
@@ -98,7 +100,23 @@ def resolve_rootfs(
             f"{found} is not below an allowed folder (allowed: {known})",
             "set SANDBATCH_ROOTFS_ALLOW on the host",
         )
+    check_may_be_given(f"rootfs {spec_rootfs}", found, settings)
     return found
+
+
+def check_may_be_given(what: str, found: Path, settings: Settings) -> None:
+    """Refuse a folder or file of the host that no sandbox may see, whatever the settings allow.
+
+    Raises:
+        BadInput: It is the kernel's, has sandbatch's own files, or something is mounted below it.
+    """
+    if any(found.is_relative_to(f"/{folder}") for folder in KERNELS_OWN):
+        raise BadInput(what, f"{found} is the kernel's", "a sandbox has its own /proc, /sys and /dev")
+    for own in (settings.state_dir.resolve(), settings.run_dir.resolve()):
+        if found.is_relative_to(own) or own.is_relative_to(found):
+            raise BadInput(what, f"sandbatch's own files are in {own}", "name another folder")
+    if below := mounted_below(found):  # what is mounted there was not allowed with the folder
+        raise BadInput(what, f"{below} is mounted below it", "name a folder without mounts below it")
 
 
 def host_rootfs(settings: Settings, points: Mapping[str, str] = NO_POINTS, *, build: bool = True) -> Path:

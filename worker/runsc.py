@@ -11,12 +11,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from worker import process
+from worker import process, procs
 from worker.errors import HostNotReady, RunscError
 from worker.locks import open_private
 from worker.settings import Settings
 
 LOG_LIMIT_BYTES = 1 << 20  # of the shared log; without --debug runsc writes one line an error
+# The first release whose gofer makes a read-only bind read-only on the host, too (gVisor, 8a1a0408a).
+MENDED = "release-20250707.0"
+LOCAL_FOLDERS = ("/usr/local/sbin", "/usr/local/bin")
 MESSAGE = re.compile(r'"msg":("(?:[^"\\]|\\.)*")')
 
 # DESIGN, point 7: runsc before August 2024 takes any netns of Linux >= 6.11 for the root netns by a
@@ -123,6 +126,21 @@ class Runsc:
             return None
         return dict(json.loads(self._check("state", container_id, done)))
 
+    def gofer_pid(self, container_id: str) -> int:
+        """The process that serves the files of a created container: from runsc's own state file.
+
+        Raises:
+            RunscError: The file does not say, or its process is not that gofer.
+        """
+        try:
+            pid = int(json.loads(self._state_file(container_id).read_text())["goferPid"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise self.error("state", container_id, f"its state file names no gofer: {error!r}") from error
+        found = procs.identify(pid, self.root)
+        if found is None or (found.role, found.container_id) != ("gofer", container_id):
+            raise self.error("state", container_id, f"its gofer, process {pid}, has ended")
+        return pid
+
     def kill(self, container_id: str, signal: str) -> None:
         """Send a signal, such as TERM, to the first process of the container."""
         self._check("kill", container_id, self._run("kill", container_id, signal))
@@ -157,14 +175,15 @@ class Runsc:
 
     def version(self) -> str:
         """What runsc says of itself; `VERSION_MISSING` for one built from the Go module."""
-        done = process.run([self.binary, "--version"], timeout_s=self.timeout_s, env=clean_env())
-        first = (done.stdout.strip().splitlines() or ["unknown"])[0]
-        return first.removeprefix("runsc version ").strip()
+        return _version(self.binary, self.binary.stat().st_mtime_ns)
 
     def error(self, verb: str, container_id: str, text: str) -> RunscError:
         """An error with runsc's own last words out of `text`, what it wrote on stderr."""
         what = " ".join(word for word in ("runsc", verb, container_id) if word)
         return RunscError(what, last_message(text), f"see {self.log}")
+
+    def _state_file(self, container_id: str) -> Path:
+        return self.root / f"{container_id}_sandbox:{container_id}.state"
 
     @property
     def _empty_dir(self) -> Path:
@@ -183,17 +202,44 @@ class Runsc:
 
 
 def find_binary(settings: Settings) -> Path:
-    """The runsc of the settings, else the first on the PATH.
+    """The runsc of the settings, else the first on the PATH that is not old, else the first.
 
     Raises:
         HostNotReady: There is none.
     """
-    name = settings.runsc or "runsc"
-    found = shutil.which(name)
-    if found is None:
-        where = f"{name}: no such program" if settings.runsc else "not on the PATH"
+    if settings.runsc:
+        named = shutil.which(settings.runsc)
+        found = [Path(named)] if named else []
+    else:
+        found = _on_path()
+    if not found:
+        where = f"{settings.runsc}: no such program" if settings.runsc else "not on the PATH"
         raise HostNotReady("runsc", where, "run sandbatch setup, or name it with SANDBATCH_RUNSC")
-    return Path(found).absolute()
+    if len(found) == 1:
+        return found[0].absolute()
+    newer = (one for one in found if not is_old(_version(one, one.stat().st_mtime_ns)))
+    return next(newer, found[0]).absolute()
+
+
+def _on_path() -> list[Path]:
+    """Every runsc on the PATH, and where an administrator installs one, each file once."""
+    folders = [*os.environ.get("PATH", os.defpath).split(os.pathsep), *LOCAL_FOLDERS]
+    named = [Path(one) for folder in folders if (one := shutil.which("runsc", path=folder))]
+    return list({one.resolve(): one for one in reversed(named)}.values())[::-1]
+
+
+def is_old(version: str) -> bool:
+    """It is of before `MENDED`, as far as its version has a date: Debian's has, a Go build's has not."""
+    date, mended = (re.search(r"\d{8}", text) for text in (version, MENDED))
+    return date is not None and mended is not None and date[0] < mended[0]
+
+
+@lru_cache(maxsize=8)
+def _version(binary: Path, mtime_ns: int) -> str:
+    """What a runsc says of itself, asked once a process and file."""
+    done = process.run([binary, "--version"], timeout_s=30, env=clean_env())
+    first = (done.stdout.strip().splitlines() or ["unknown"])[0]
+    return first.removeprefix("runsc version ").strip()
 
 
 def clean_env() -> dict[str, str]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from worker import process
-from worker.doctor import OPTIONAL, PLUGINS, POLICY_PACKAGE, PROGRAMS, policy_file
+from worker.doctor import NEWER, OPTIONAL, PLUGINS, POLICY_PACKAGE, PROGRAMS, policy_file
 from worker.errors import HostNotReady, SandbatchError
 from worker.probe_runsc import probe
 from worker.runsc import find_binary
@@ -53,6 +53,9 @@ def setup(settings: Settings, say: Say, *, dry_run: bool = False) -> bool:
             _install_runsc()
             _judge(settings)
     if not dry_run:
+        found = probe(settings)
+        if found.is_old:
+            say(f"runsc {found.version}: only the worker's read-only mounts hold its binds; {NEWER}")
         say(f"network {settings.network}: {ensure_network(settings)}")
         if lacks_ports(settings):
             say("it publishes no ports yet: run setup again while no sandbox is on it")

@@ -5,7 +5,6 @@
 An undo is safe to repeat and safe after a half-done `do`; `worker.launch` runs the table.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,6 @@ from worker.errors import RunscError
 from worker.image_config import labels_of, overrides
 from worker.image_store import ImageStore
 from worker.journal import Journal, read_all
-from worker.mounted import confirm_binds
 from worker.overlay import check_overlay, make_overlay_folder, overlay_flag
 from worker.rootfs import generations, is_crowded, prune_host_rootfs
 from worker.runsc import Runsc
@@ -200,9 +198,10 @@ def remove_bundle(host: Host, journal: Journal) -> None:
 
 
 def start_container(host: Host, journal: Journal) -> dict[str, Any]:
-    """conmon with `runsc create`, then `runsc start`.
+    """conmon with `runsc create` in a read-only view of the host, then `runsc start`.
 
     Raises:
+        NotContained: runsc has mounted something else than the bundle says, or something writable.
         RunscError: runsc's words, or that the kernel killed it for want of memory.
     """
     container_id, path = journal.container_id, netns.netns_path(journal.container_id)
@@ -212,21 +211,12 @@ def start_container(host: Host, journal: Journal) -> dict[str, Any]:
         limits.prepare(cgroup)
     try:
         conmon.create(runsc, host.settings, container_id, journal.bundle, journal.log_path, path)
-        _confirm_binds(host, journal)
         runsc.start(container_id, path)
     except RunscError as error:
         if limits.was_oom_killed(cgroup):
             raise RunscError(error.what, limits.oom_words(journal.spec), "give it more memory") from error
         raise
     return {}
-
-
-def _confirm_binds(host: Host, journal: Journal) -> None:
-    asked = {one.target for one in journal.spec.mounts if one.type == "bind"}
-    if asked:
-        mounts = json.loads((journal.bundle / "config.json").read_text())["mounts"]
-        binds = {one["destination"]: one["source"] for one in mounts if one["destination"] in asked}
-        confirm_binds(host.settings.runsc_root, journal.container_id, binds)
 
 
 def runsc_of(host: Host, journal: Journal) -> Runsc:

@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,10 +21,10 @@ import pytest
 
 from tests.host.machine import copy_program
 from worker import bundle, conmon, procs, rootfs
-from worker.errors import ProcessTimeout, RunscError, SandbatchError
-from worker.mounted import confirm_binds
-from worker.probe_runsc import probe
-from worker.runsc import Runsc
+from worker.errors import NotContained, ProcessTimeout, RunscError
+from worker.mounted import View
+from worker.probe_runsc import HOLE, probe
+from worker.runsc import Runsc, is_old
 from worker.settings import Settings
 from worker.spec import make_spec, new_container_id
 
@@ -31,6 +32,7 @@ pytestmark = pytest.mark.usefixtures("host_parts")
 
 RUNSCS = ["runsc", *filter(None, os.environ.get("SANDBATCH_TEST_RUNSC", "").split(":"))]
 KILLS = 12
+OUTSIDE = f"--mount=/proc/{os.getpid()}/ns/mnt"  # nsenter: out of the view, into the test's own mounts
 STUBS_DIE_S = 2.0
 HTTP_SERVER = ["python3", "-m", "http.server", "8000"]
 
@@ -247,14 +249,24 @@ def test_what_is_swapped_between_the_look_and_the_mount_is_seen(make_sandbox, tm
         one.settings = one.settings.model_copy(update={"mount_allow": (tmp_path,)})
         one.prepare(args=["ls", "/data"], mounts=mounts)
     sandbox.create()
-    confirm_binds(sandbox.runsc.root, sandbox.container_id, {"/data": str(source)})
-    source.rename(tmp_path / "aside")
-    source.symlink_to("/etc")
-    swapped.create()
-    with pytest.raises(SandbatchError, match="/etc was in its place"):
-        confirm_binds(swapped.runsc.root, swapped.container_id, {"/data": str(source)})
-    with pytest.raises(SandbatchError, match="not mounted it at /other"):
-        confirm_binds(swapped.runsc.root, swapped.container_id, {"/other": str(source)})
+    swap = f"nsenter {OUTSIDE} sh -c 'mv \"$0\" \"$1\"; ln -s /etc \"$0\"' '{source}' '{tmp_path}/aside'"
+    swapped.runsc = wrapped(swapped.runsc, tmp_path, swap)
+    with pytest.raises(NotContained, match="/etc was in its place"):
+        swapped.create()
+
+
+def test_outside_of_the_read_only_view_an_old_runsc_is_refused_before_the_program_starts(
+    make_sandbox, tmp_path
+):
+    """A newer one mounts read-only by itself, and may."""
+    sandbox = make_sandbox()
+    sandbox.prepare(args=["true"])
+    sandbox.runsc = wrapped(sandbox.runsc, tmp_path, f'exec nsenter {OUTSIDE} {sandbox.runsc.binary} "$@"')
+    if is_old(sandbox.runsc.version()):
+        with pytest.raises(NotContained, match=r"mount at /.*: runsc has mounted it without ro"):
+            sandbox.create()
+    else:
+        sandbox.create()
 
 
 def test_python_outside_of_usr_is_bound_and_runs(make_sandbox, monkeypatch):
@@ -405,6 +417,40 @@ def test_a_runsc_that_cannot_run_a_sandbox_is_refused_with_the_reason(host, tmp_
     assert not found.ok
     assert "waiting for sandbox to start: EOF" in found.error
     assert "CGO_ENABLED=0" in found.error
+
+
+def test_a_runsc_that_does_not_contain_is_refused_by_the_probe(host, tmp_path):
+    """In the test's own mounts again, a gofer of before July 2025 could empty files of the host."""
+    settings, runsc = host
+    binary = wrapped(runsc, tmp_path, f'exec nsenter {OUTSIDE} {runsc.binary} "$@"').binary
+    found = probe(settings.model_copy(update={"runsc": str(binary)}))
+    assert found.ok is not found.is_old
+    assert (HOLE in found.error and "without ro" in found.error) is found.is_old
+
+
+def test_the_probe_sees_a_file_that_was_emptied(host, monkeypatch):
+    """Without the read-only view and the look at it each runsc shows whether it contains by itself."""
+    settings, _ = host
+
+    @contextmanager
+    def no_view(_):
+        yield View(Path("/proc/self/ns/mnt"), {}, frozenset())
+
+    monkeypatch.setattr(conmon, "read_only_view", no_view)
+    monkeypatch.setattr(conmon, "confirm", lambda *_: None)
+    (settings.state_dir / "runsc-probe.json").unlink()
+    found = probe(settings)
+    assert (found.error, found.ok) == ((HOLE, False) if found.is_old else ("", True))
+
+
+def wrapped(runsc: Runsc, folder: Path, before_create: str) -> Runsc:
+    """A runsc that does something else first when it is to create: a script in its place."""
+    binary = folder / "wrapped-runsc"
+    binary.write_text(
+        f'#!/bin/sh\ncase " $* " in *" create "*) {before_create} ;; esac\nexec {runsc.binary} "$@"\n'
+    )
+    binary.chmod(0o755)
+    return replace(runsc, binary=binary)
 
 
 def _ip(*args: str) -> None:

@@ -18,6 +18,7 @@ from worker.settings import Settings
 
 CONTAINER_ID = "sb-00000000000000c1"
 OTHER_ID = "sb-00000000000000c2"
+NAMESPACE = Path("/proc/self/ns/mnt")
 SLEEPER = "import time; time.sleep(60)"
 # Records how it was called; answers as conmon does; with "hang" it never answers.
 CONMON = f"""#!{sys.executable}
@@ -69,7 +70,7 @@ def bundle_dir(settings):
 def create(runsc, settings, bundle_dir):
     def call():
         log_path, netns_path = bundle_dir.parent / "log", Path("/var/run/netns") / CONTAINER_ID
-        conmon.create(runsc, settings, CONTAINER_ID, bundle_dir, log_path, netns_path)
+        conmon.create_in(NAMESPACE, runsc, settings, CONTAINER_ID, bundle_dir, log_path, netns_path)
 
     return call
 
@@ -93,8 +94,9 @@ def sleeper(runsc):
 def test_conmon_gets_runsc_with_its_flags_and_the_bundle(create, runsc, settings, bundle_dir, bin_dir):
     create()
     argv = json.loads((bin_dir / "called.json").read_text())["argv"]
-    assert argv[argv.index("-r") + 1] == str(runsc.binary)
-    assert [f"--runtime-arg={arg}" for arg in runsc.global_args()] == [a for a in argv if "runtime-arg" in a]
+    assert argv[argv.index("-r") + 1] == shutil.which("nsenter")
+    runtime = [f"--mount={NAMESPACE}", str(runsc.binary), *runsc.global_args()]
+    assert [f"--runtime-arg={arg}" for arg in runtime] == [a for a in argv if "runtime-arg" in a]
     assert argv[argv.index("--exit-dir") + 1] == str(settings.exit_dir)
     assert argv[argv.index("-l") + 1] == f"k8s-file:{bundle_dir.parent / 'log'}"
 
@@ -151,7 +153,7 @@ def test_a_host_without_conmon_is_not_ready(create, bin_dir, monkeypatch):
 def test_a_bundle_outside_a_folder_of_its_id_is_a_mistake_of_ours(runsc, settings, tmp_path):
     """By that folder the undo finds the gofer of the 2024 runsc, which has no id on its command line."""
     with pytest.raises(ValueError, match="no folder named"):
-        conmon.create(runsc, settings, CONTAINER_ID, tmp_path, tmp_path / "log", Path("/netns"))
+        conmon.create_in(NAMESPACE, runsc, settings, CONTAINER_ID, tmp_path, tmp_path / "log", Path("/netns"))
 
 
 def test_end_container_ends_every_process_of_the_id(runsc, bundle_dir, settings, sleeper):
