@@ -25,14 +25,14 @@ host: $(VENV)/.installed
 	@if [ "$$(id -u)" = 0 ]; then $(BIN)/sandbatch setup; fi
 
 # What the tests look at a host with. redis-tools has redis-server by another name, and starts none.
-TEST_PROGRAMS := nft:nftables ip:iproute2 podman:podman runc:runc busybox:busybox-static chromium:chromium chromedriver:chromium-driver redis-check-rdb:redis-tools debootstrap:debootstrap curl:curl ps:procps
+TEST_PROGRAMS := nft:nftables ip:iproute2 podman:podman runc:runc busybox:busybox-static chromium:chromium chromedriver:chromium-driver redis-check-rdb:redis-tools debootstrap:debootstrap curl:curl ps:procps cc:gcc,libc6-dev
 test-host: host
 	@for one in $(TEST_PROGRAMS); do \
-	  command -v $${one%%:*} >/dev/null || [ "$$(id -u)" != 0 ] || apt-get -qq install -y --no-install-recommends $${one##*:} >/dev/null || exit 1; \
+	  command -v $${one%%:*} >/dev/null || [ "$$(id -u)" != 0 ] || apt-get -qq install -y --no-install-recommends $$(echo $${one##*:} | tr , ' ') >/dev/null || exit 1; \
 	done
 	@[ "$$(id -u)" != 0 ] || command -v docker-registry >/dev/null || $(MAKE) -s $(BIN)/docker-registry
 	@[ "$$(id -u)" != 0 ] || command -v promtool >/dev/null || $(MAKE) -s $(BIN)/promtool
-	@[ "$$(id -u)" != 0 ] || $(MAKE) -s $(COMPOSE)/docker-compose
+	@[ "$$(id -u)" != 0 ] || $(MAKE) -s $(COMPOSE)/docker-compose $(VENV)/runsc/debian/runsc $(VENV)/runsc/newest/runsc
 
 # Only its program: on a machine with systemd the package would start a registry on port 5000.
 $(BIN)/docker-registry:
@@ -44,13 +44,27 @@ $(BIN)/promtool:
 	@folder=$$(mktemp -d) && cd $$folder && apt-get -qq download prometheus && dpkg-deb -x prometheus_*.deb . && \
 	  cp usr/bin/promtool $(CURDIR)/$@ && rm -r $$folder
 
-# Docker's own compose (Debian 13's: `sandbatch setup` has written its source), and what podman needs for it.
+# The two runscs that tests/contain judges: Debian 13's, and gVisor's newest, built where Go is.
+NEWEST_RUNSC := gvisor.dev/gvisor/runsc@v0.0.0-20260905035102-160fafc42237
+DEBIAN13 := $(VENV)/debian13
+$(DEBIAN13)/.unpacked:
+	@rm -rf $(DEBIAN13) && tests/debian13.sh $(CURDIR)/$(DEBIAN13) runsc docker-compose && touch $@
+
+$(VENV)/runsc/debian/runsc: $(DEBIAN13)/.unpacked
+	@mkdir -p $(@D) && cp $(DEBIAN13)/usr/bin/runsc $@
+
+$(VENV)/runsc/newest/runsc:
+	@command -v go >/dev/null || { echo "make: no Go, so that tests/contain lacks the newest runsc" >&2; exit 0; }; \
+	  mkdir -p $(@D) && GOBIN=$(CURDIR)/$(@D) CGO_ENABLED=0 go install $(NEWEST_RUNSC)
+
+# Docker's own compose (Debian 13's), and what podman needs for it.
 # Unpacked alone: with netavark installed podman would take it for the networks of every other test.
 COMPOSE := $(VENV)/compose
-$(COMPOSE)/docker-compose:
-	@folder=$$(mktemp -d) && cd $$folder && apt-get -qq download 'docker-compose=2.*' netavark aardvark-dns catatonit && \
+$(COMPOSE)/docker-compose: $(DEBIAN13)/.unpacked
+	@folder=$$(mktemp -d) && cd $$folder && apt-get -qq download netavark aardvark-dns catatonit && \
 	  for one in *.deb; do dpkg-deb -x $$one . || exit 1; done && mkdir -p $(CURDIR)/$(COMPOSE) && \
-	  cp usr/lib/podman/* usr/bin/catatonit usr/libexec/docker/cli-plugins/docker-compose $(CURDIR)/$(COMPOSE) && rm -r $$folder
+	  cp usr/lib/podman/* usr/bin/catatonit $(CURDIR)/$(COMPOSE) && rm -r $$folder && \
+	  cp $(CURDIR)/$(DEBIAN13)/usr/libexec/docker/cli-plugins/docker-compose $(CURDIR)/$@
 
 # Kills, hangs and full ranges by a seed; exit 0 only if nothing is left over, lost or doubled.
 SEED ?=
