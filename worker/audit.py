@@ -20,6 +20,7 @@ from worker import (
     journal,
     limits,
     logs,
+    loopback,
     mounted,
     netns,
     nft,
@@ -42,6 +43,7 @@ ID_PART = re.compile(r"(?<![0-9a-zA-Z])sb-[0-9a-f]{16}(?![0-9a-zA-Z])")
 CHAIN = re.compile(r"^:(CNI-(?:DN-[0-9a-f]{21}|[0-9a-f]{24})) ", re.MULTILINE)
 OUR_VETH = re.compile(r"^veth[0-9a-f]{8}$")  # as the bridge plugin names the host's end
 OUR_IFB = re.compile(r"^bwp[0-9a-f]{12}$")  # as the bandwidth plugin names the link that slows what goes out
+LOOPBACK = "published ports leave the host's loopback open to sandboxes; audit --mend loads it again"
 UNREADABLE = "audit --mend undoes what the sandbox holds, and keeps the file"
 LOG_LATE_S = 300.0  # a worker looks at the kept logs every `reconcile_s`
 END_NOTED_S = 20.0  # an end that no event has told is found by the next look at the journals
@@ -332,6 +334,8 @@ def _egress(look: _Look) -> None:
     due = [known for one, known in look.journals.items() if look.is_due(one, "egress")]
     for container_id, why in egress_audit.missing(due, held).items():
         look._add("egress", f"policy of {container_id}", "missing", container_id, why)
+    if held is not None and loopback.is_open(look.settings):
+        look._add("egress", f"table {loopback.FAMILY} {loopback.TABLE}", "missing", "", LOOPBACK)
 
 
 def nat_programs() -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from worker import limits, nft, process
+from worker import limits, loopback, nft, process
 from worker.cni import CniRuntime
 from worker.cni_config import find_network
 from worker.egress_rules import Link, load_text, ruleset
@@ -88,16 +88,16 @@ def _program(name: str) -> Row:
 
 
 def _nft() -> Row:
-    """For --egress and --isolate; judged by rules that the kernel is asked to take, and that stay out."""
+    """For --egress, --isolate and -p; judged by rules that the kernel is asked to take, and that stay out."""
     path = shutil.which("nft")
     if path is None:
-        mend = f"for --egress and --isolate: {SETUP}, or apt-get install {OPTIONAL['nft']}"
+        mend = f"for --egress, --isolate and -p: {SETUP}, or apt-get install {OPTIONAL['nft']}"
         return Row("nft", "not on the PATH", "", False, mend)
     version = re.search(r"\d+(?:\.\d+)+", process.run([path, "--version"], timeout_s=10).stdout)
     if os.geteuid() != 0:
         return Row("nft", path, "", False, "cannot be judged without root")
-    words = nft.check(load_text(ruleset(SAMPLE_ID, (SAMPLE_LINK,), ["10.0.0.0/8:443"], True)))
-    mend = "for --egress and --isolate the kernel needs nf_tables for bridge and inet" if words else ""
+    words = nft.check(load_text(ruleset(SAMPLE_ID, (SAMPLE_LINK,), ["10.0.0.0/8:443"], True)) + loopback.TEXT)
+    mend = "for --egress, --isolate and -p the kernel needs nf_tables for bridge and inet" if words else ""
     found = f"{path}: {words}" if words else path
     return Row("nft", found, version[0] if version else "", not words, mend)
 

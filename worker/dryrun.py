@@ -10,7 +10,7 @@ from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
-from worker import attachments, conmon, egress, netns
+from worker import attachments, conmon, egress, loopback, netns
 from worker.cni_config import Network
 from worker.egress_rules import Link, load_text, ruleset
 from worker.errors import HostNotReady, ImageError
@@ -63,10 +63,10 @@ def dry_run(spec: Spec, settings: Settings) -> dict[str, Any]:
             unknown["image"] = image.digest
     if known is None:
         unknown["runsc start"] = "whether it needs its mount trick: run sandbatch doctor"
-    firewall = ""
+    firewall = loopback.TEXT if spec.publish else ""
     if egress.is_wanted(spec):
         ends = [link_of(number, one) for number, one in enumerate(links)]
-        firewall = load_text(ruleset(CONTAINER_ID, ends, spec.egress, spec.isolate))
+        firewall += load_text(ruleset(CONTAINER_ID, ends, spec.egress, spec.isolate))
         for end in ends:
             unknown |= {f"host end of {end.name}": end.host_end, f"mac of {end.name}": end.mac}
             unknown |= {f"address of {end.name}": ", ".join(end.addresses)}

@@ -1,4 +1,4 @@
-"""Looks now and then whether egress policies are still loaded: a firewall's reload flushes every table.
+"""Looks now and then whether our rules are still loaded: a firewall's reload flushes every table.
 
 A full comparison lists everything (2 to 3 s of CPU with a thousand policies), so it is made only when
 there is a reason: the first look of a worker, or another table where ours was, as its handle says.
@@ -8,7 +8,7 @@ import logging
 from collections.abc import Iterable
 from contextlib import suppress
 
-from worker import egress, egress_audit, journal, nft
+from worker import egress, egress_audit, journal, loopback, nft
 from worker.errors import Busy, JournalError
 from worker.journal import Journal
 from worker.settings import Settings
@@ -29,6 +29,9 @@ class Guard:
         Raises:
             SandbatchError: nft's words; the next look tries again.
         """
+        if nft.is_here() and loopback.is_open(self._settings):
+            log.warning("published ports leave the host's loopback open to sandboxes: its rule is not there")
+            loopback.close()
         due = [known for known in journals if known.is_up and known.is_done("egress")]
         if not due or not nft.is_here():
             self._handles = None

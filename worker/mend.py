@@ -25,6 +25,7 @@ from worker import (
     leftovers,
     limits,
     logs,
+    loopback,
     netns,
     nft,
     ports,
@@ -78,7 +79,9 @@ def mend(settings: Settings) -> list[Outcome]:
     for container_id in sorted(filter(CONTAINER_ID.fullmatch, orphans)):
         reasons[container_id] = work.mend_one(container_id)
     if any(one.kind == "egress" for one in before):
-        reasons |= _load_policies(settings, {one.container_id for one in before if _is_open(one)})
+        reasons |= _load_policies(settings, {one.container_id for one in before if _is_open(one)} - {""})
+        if nft.is_here() and loopback.is_open(settings):
+            loopback.close()
         if nft.is_here():
             nft.drop_empty_tables()
     veths = {one.name for one in before if one.kind == "veth" and one.problem == "extra"}
@@ -143,7 +146,7 @@ def _finish_undos(settings: Settings) -> dict[str, str]:
 
 
 def _is_open(finding: Finding) -> bool:
-    """A sandbox without its egress policy: the one thing missing that can be brought back."""
+    """Rules of ours that somebody took away: the one thing missing that can be brought back."""
     return finding.kind == "egress" and finding.problem == "missing"
 
 

@@ -69,6 +69,11 @@ def table_handles() -> dict[str, int]:
     return {one["family"]: int(one["handle"]) for one in tables if one["name"] == TABLE}
 
 
+def rules_in(family: str, table: str, chain: str) -> int:
+    """How many rules a chain has; 0 where it, or its table, is not there."""
+    return sum("rule" in one for one in _list("chain", family, table, chain))
+
+
 def held() -> Held:
     """List our tables. With a thousand policies that is 2 to 3 s of CPU: never during a launch."""
     found = Held()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from worker import attachments, conmon, egress, limits, names, netns, ports
+from worker import attachments, conmon, egress, limits, loopback, names, netns, ports
 from worker import bundle as oci
 from worker.cni import CniRuntime
 from worker.errors import RunscError
@@ -84,6 +84,7 @@ def attach(host: Host, journal: Journal) -> dict[str, Any]:
     """
     container_id, spec = journal.container_id, journal.spec
     if spec.publish:
+        loopback.close()  # before portmap opens it
         before = journal.facts.get("publish", [])  # a sandbox that is started anew keeps its ports
         journal.set_facts(publish=ports.reserve(host.settings, container_id, spec.publish, before))
     results = [(one, host.cni.cni_add(one.network, one.attachment)) for one in attachments.planned(journal)]
@@ -129,6 +130,8 @@ def _unfinished(host: Host, journal: Journal, one: attachments.Planned) -> dict[
 def check_host(host: Host, journal: Journal) -> dict[str, Any]:
     """What this host cannot do is refused before anything is made."""
     egress.check_possible(journal.spec, host.conf_dirs)
+    if journal.spec.publish:
+        loopback.check_possible()
     return {}
 
 

@@ -11,10 +11,12 @@ from pathlib import Path
 COUNTERS = re.compile(r"\[\d+:\d+\]|counter packets \d+ bytes \d+|^#.*$", re.MULTILINE)
 # The kernel's own tables and chains come with the first rule, and stay.
 EMPTY_TABLE = re.compile(r"[*}]|COMMIT|table |type |chain [A-Z]|:(INPUT|OUTPUT|FORWARD|(PRE|POST)ROUTING) ")
-# portmap's shared chains, and the jumps to them, come with the first published port, and stay by its design.
+# portmap's shared chains, and the jumps to them, come with the first published port, and stay by its design;
+# so does our rule that keeps the loopback closed (worker/loopback.py).
 SHARED = re.compile(
     r":CNI-HOSTPORT-|-A CNI-HOSTPORT-(SETMARK|MASQ) |-A .* -j CNI-HOSTPORT-(DNAT|MASQ)$"
     r"|chain CNI-HOSTPORT-|(fib daddr type local )?\s*jump CNI-HOSTPORT-(DNAT|MASQ)$|meta mark .*0x0*2000\b"
+    r'|chain from_links \{$|iifname != "lo" ip [sd]addr 127\.0\.0\.0/8 '
 )
 KERNELS_LINKS = ("ifb0", "ifb1")  # they come with the module, when the first rate is limited
 OURS = re.compile(r"sb-[0-9a-f]{16}|runsc|gvisor")  # a machine's other cgroups come and go
