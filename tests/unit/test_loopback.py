@@ -1,4 +1,4 @@
-"""When the rule is asked for that keeps the host's loopback closed; tests/contain tries what it holds back."""
+"""When the rule is asked for that keeps the loopback closed; tests/contain tries what it holds back."""
 
 import pytest
 
