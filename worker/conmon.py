@@ -46,7 +46,6 @@ def create(
     config = json.loads((bundle_dir / "config.json").read_text())
     with read_only_view(given_by(config)) as view:
         create_in(view.namespace, runsc, settings, container_id, bundle_dir, log_path, netns_path)
-    faults.point("conmon.confirm.before")
     confirm(runsc.gofer_pid(container_id), view)
 
 

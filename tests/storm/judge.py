@@ -117,6 +117,8 @@ def _look(
     verdict.doubled += [f"address {ip} of {count} sandboxes" for ip, count in addresses.items() if count > 1]
     verdict.doubled += _events_twice(system, rows)
     verdict.left_over += [f"audit: {line}" for line in system.audit()]
+    if (given := system.look_at_given()) != system.given_before:
+        verdict.left_over.append(f"a sandbox has changed what it was given: {given}")
 
 
 def _remove_all(system: StormSystem, before: dict[str, list[str]], verdict: Verdict) -> None:

@@ -32,6 +32,7 @@ CNI_TIMEOUT_S, RUNSC_TIMEOUT_S = 4, 12
 PULL_TIMEOUT_S = 10
 CROWD = 3  # addresses of the small network
 IMAGES = 4
+GIVEN, GIVEN_TEXT = "file", "of the host\n"
 
 # In the place of a plugin: what `$0.mode` says of the verb, else the real one, or none: then prevResult.
 # It shares no file between two calls: several sandboxes are attached at the same time.
@@ -73,7 +74,11 @@ class StormSystem(System):
             "SANDBATCH_RECONCILE_S": "1",
             "SANDBATCH_CAPACITY": "100",
             "SANDBATCH_PULL_TIMEOUT_S": str(PULL_TIMEOUT_S),
+            "SANDBATCH_MOUNT_ALLOW": json.dumps([str(self.given)]),
         }
+        self.given.mkdir()
+        (self.given / GIVEN).write_text(GIVEN_TEXT)
+        self.given_before = self.look_at_given()
         self.broker: ValkeyServer | None = None
         if mode == "worker":
             self.env["SANDBATCH_BROKER_URL"] = f"redis+socket://{self.folder}/broker.sock"
@@ -90,9 +95,20 @@ class StormSystem(System):
         self.heal()
 
     @property
+    def given(self) -> Path:
+        return self.folder / "given"
+
+    def look_at_given(self) -> list[str]:
+        """What sandboxes have of the host, with the times of its inodes: it never changes."""
+        found = [self.given, *sorted(self.given.iterdir())]
+        times = [f"{path} {path.stat().st_ctime_ns}" for path in found]
+        return [*times, *(path.read_text() for path in found if path.is_file())]
+
+    @property
     def settings(self) -> Settings:
         ours = {k: v for k, v in self.environment.items() if k.startswith("SANDBATCH_")}
-        return Settings(**{k.removeprefix("SANDBATCH_").lower(): v for k, v in ours.items()})
+        words = {k.removeprefix("SANDBATCH_").lower(): v for k, v in ours.items()}
+        return Settings(**{**words, "mount_allow": json.loads(words["mount_allow"])})
 
     def let_publish(self, network: str) -> None:
         """Let the portmap of a network have what its sandboxes publish."""
@@ -249,7 +265,7 @@ class StormSystem(System):
                 return None
             with client.app() as app:
                 try:
-                    specs = [self._of_image(count) if kind == "image" else spec(kind)] * count
+                    specs = [self._of_image(count) if kind == "image" else spec(kind, self.given)] * count
                     return submit(app, client.record, self.settings, specs)[1]
                 except (SandbatchError, KombuError, redis.RedisError, OSError):
                     return None
@@ -299,8 +315,11 @@ class StormSystem(System):
                 return {}
 
 
-def spec(kind: str) -> Spec:
-    """A sandbox of each kind: those that answer, those that end, and those that may fail."""
+def spec(kind: str, given: Path) -> Spec:
+    """A sandbox of each kind: those that answer, those that end, and those that may fail.
+
+    `given`: a folder of the host that "laden" ones have, and try to empty.
+    """
     fields: dict[str, Any] = {"labels": {"storm": kind}, "network": "bridged"}
     server = ["python3", "-m", "http.server", "8000"]
     if kind == "short":
@@ -323,9 +342,15 @@ def spec(kind: str) -> Spec:
             "isolate": True,
             "memory_bytes": 256 << 20,
             "cpus": 2.0,
-            "mounts": [{"type": "tmpfs", "target": "/data"}],
+            "mounts": [
+                {"type": "tmpfs", "target": "/data"},
+                {"type": "bind", "source": str(given), "target": "/given"},
+                {"type": "bind", "source": str(given / GIVEN), "target": "/etc/host.conf"},
+            ],
             "writable": "memory",
         }
+        attack = f"for one in /given/{GIVEN} /etc/host.conf; do (: > $one); rm -f $one; done"
+        server = ["sh", "-c", f"{attack}; exec {' '.join(server)}"]
     return make_spec(args=server, cwd="/var/www/html", ready="http:8000/", ready_timeout_s=40.0, **fields)
 
 
