@@ -5,7 +5,9 @@ The runscs are `debian` and `newest` in .venv/runsc, or what CONTAIN_RUNSCS says
 
 import json
 import os
+import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import lack
+from tests.contain.attack import Hostile
 from tests.host.machine import unchanged
 from tests.host.system import System
 
@@ -70,6 +73,18 @@ def clean_contained(contained: System) -> Iterator[System]:
 def user(request: Any) -> tuple[str, ...]:
     """The options of `run` for root inside, and for somebody who is not."""
     return USERS[request.param]
+
+
+@pytest.fixture(scope="session")
+def hostile() -> Iterator[Hostile]:
+    """The hostile program, in a folder that every user may enter, with a secret beside it."""
+    if shutil.which("cc") is None:
+        lack("there is no C compiler: apt-get install gcc libc6-dev")
+    with tempfile.TemporaryDirectory(prefix="contain-") as folder:
+        Path(folder).chmod(0o755)
+        yield Hostile(
+            compile_static(Path(__file__).with_name("hostile.c"), Path(folder, "hostile")), Path(folder)
+        )
 
 
 def compile_static(source: Path, program: Path) -> Path:
