@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import pytest
 
 from tests.conftest import lack
 from tests.contain.attack import Hostile
+from tests.contain.judge import Bait
 from tests.host.machine import unchanged
 from tests.host.system import System
 
@@ -85,6 +86,20 @@ def hostile() -> Iterator[Hostile]:
         yield Hostile(
             compile_static(Path(__file__).with_name("hostile.c"), Path(folder, "hostile")), Path(folder)
         )
+
+
+@pytest.fixture
+def bait(hostile: Hostile) -> Iterator[Callable[[Path], Bait]]:
+    """Makes a bait in a folder; its socket and FIFO are open until the end of the test."""
+    made: list[Bait] = []
+
+    def make(folder: Path) -> Bait:
+        made.append(hostile.bait(folder))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
 
 
 def compile_static(source: Path, program: Path) -> Path:

@@ -4,6 +4,7 @@
  *   hostile make FOLDER                 a bait, as make_bait says
  *   hostile makes FOLDER                a bait for each attempt: FOLDER/ATTEMPT
  *   hostile attack PLACE... [- ATTEMPT...]    all attempts, or these, on baits or single files
+ *   hostile unshared PLACE...           the same, each with all rights in namespaces of its own
  *   hostile each FOLDER                 each attempt on its own bait in FOLDER
  *   hostile hold PLACE...               keep locks on the files of these places, from now on
  *   hostile scribble FOLDER...          write to every file below that can be opened for it
@@ -332,13 +333,19 @@ static long bind_again(const char *path) {
 
 static long unmount(const char *path) { return strcmp(path, "/") ? umount2(path, MNT_DETACH) : refuse(EBUSY); }
 
-static long own_namespace(void) {
-    char map[64];
-    snprintf(map, sizeof map, "0 %d 1", getuid());
+/* Every right in a user and a mount namespace of its own, and all mounts writable, if that works. */
+static int own_namespace(void) {
+    static const char *const paths[] = {"/", "/usr", "/etc/hosts", "/etc/resolv.conf"};
+    char users[64], groups[64];
+    snprintf(users, sizeof users, "0 %d 1", getuid());
+    snprintf(groups, sizeof groups, "0 %d 1", getgid());
     if (unshare(CLONE_NEWUSER | CLONE_NEWNS)) return -1;
     fill("/proc/self/setgroups", "deny", MODE, 0);
-    fill("/proc/self/uid_map", map, MODE, 0);
-    return for_each_above(remount);
+    fill("/proc/self/uid_map", users, MODE, 0);
+    fill("/proc/self/gid_map", groups, MODE, 0);
+    for (int i = 0; i < 4; i++) remount(paths[i]);
+    for (char *path = strdup(target); *path; *strrchr(path, '/') = 0) remount(path);
+    return 0;
 }
 
 static long mount_host(const char *source, const char *type, unsigned long flags) {
@@ -601,7 +608,7 @@ static long attempt_doors(void) {
     WRITABLE("open-tree") return for_each_above(copy_tree);
     WRITABLE("bind-again") return for_each_above(bind_again);
     WRITABLE("unmount") return for_each_above(unmount);
-    WRITABLE("remount-userns") return own_namespace();
+    WRITABLE("remount-userns") return own_namespace() ? -1 : write_target();
     return NOT_HERE;
 }
 
@@ -708,12 +715,13 @@ static void look_at(const char *path) {
     strcpy(wide, place);
 }
 
-static void try(const char *name) {
+static void try(const char *name, int is_unshared) {
     fflush(stdout);
     pid_t child = fork();
     if (child == 0) {
         alarm(5);
         wanted = self = name;
+        if (is_unshared && own_namespace()) perror("unshare");
         long result = attempt();
         printf("%s: %s\n", name, result == NOT_HERE ? "not here" : result < 0 ? strerrorname_np(errno) : "done");
         fflush(stdout);
@@ -785,14 +793,15 @@ static int order(char **words, int length) {
         else if (!strcmp(verb, "makes")) {
             mkdir(path, 0755);
             for (int n = 0; n < count; n++) if (make_bait(join(path, known[n].name), 0)) return 1;
-        } else if (!strcmp(verb, "attack")) {
-            printf("at %s\n", path);
+        } else if (!strcmp(verb, "attack") || !strcmp(verb, "unshared")) {
+            int is_unshared = !strcmp(verb, "unshared");
+            printf("at %s%s\n", path, is_unshared ? " unshared" : "");
             look_at(path);
-            for (int n = places + 1; n < length; n++) try(words[n]);
-            for (int n = 0; n < count && places == length; n++) try(known[n].name);
+            for (int n = places + 1; n < length; n++) try(words[n], is_unshared);
+            for (int n = 0; n < count && places == length; n++) try(known[n].name, is_unshared);
         } else if (!strcmp(verb, "each")) {
             printf("at %s\n", path);
-            for (int n = 0; n < count; n++) { look_at(join(path, known[n].name)); try(known[n].name); }
+            for (int n = 0; n < count; n++) { look_at(join(path, known[n].name)); try(known[n].name, 0); }
         } else if (!strcmp(verb, "handle")) {
             if (find_handle(path)) return 1;
             printf("%d:", handle.head.handle_type);

@@ -5,6 +5,7 @@ import hashlib
 import os
 import re
 import secrets
+import select
 import socket
 import stat
 import subprocess
@@ -98,7 +99,7 @@ def strangers(ids: Iterable[str], run_dir: Path) -> list[str]:
         if not re.search(r"runsc|conmon|/exe|memfd", program):
             words.append(f"{pid} runs {program}: {command}")
         for door in _sockets(pid) & set(listening):
-            if str(run_dir) not in listening[door] and "/bundle/" not in listening[door]:
+            if str(run_dir) not in listening[door] and not listening[door].endswith("/attach"):  # conmon's
                 words.append(f"{pid} ({command}) listens: {listening[door]}")
     return words
 
@@ -200,6 +201,4 @@ class Bait:
 
 
 def _is_readable(descriptor: int) -> bool:
-    import select
-
     return bool(select.select([descriptor], [], [], 0)[0])

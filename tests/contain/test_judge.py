@@ -33,7 +33,11 @@ LACKS = {
     "device-disk": {errno.EPERM, errno.ENXIO},  # a cgroup of devices; a file system without a disk
     "mount-disk": {errno.EPERM, errno.ENXIO, errno.ENOTBLK, errno.EINVAL, errno.EBUSY},
     "device-memory": {errno.EPERM, errno.ENXIO},  # a kernel without /dev/mem
-    "remount-userns": {errno.EPERM, errno.ENOSPC, errno.EROFS},  # a user namespace may not undo what it was given
+    "remount-userns": {
+        errno.EPERM,
+        errno.ENOSPC,
+        errno.EROFS,
+    },  # a user namespace may not undo what it was given
 }
 
 
