@@ -760,26 +760,37 @@ static void scribble_below(const char *folder, int depth) {
     if (all) closedir(all);
 }
 
+static void reopen(int fd) {
+    char word[32];
+    int flags = fcntl(fd, F_GETFL);
+    snprintf(word, sizeof word, "fd-%d", fd);
+    self = word;
+    int again = open(by_fd(fd), O_RDONLY | O_NONBLOCK);
+    printf("read again %d: %s\n", fd, again >= 0 && !reveal(again) ? "done" : strerrorname_np(errno));
+    close(again);
+    fcntl(fd, F_SETFL, flags | O_NONBLOCK);
+    printf("read %d: %s\n", fd, !reveal(fd) ? "done" : strerrorname_np(errno));
+    fcntl(fd, F_SETFL, flags);
+    again = open(by_fd(fd), O_WRONLY | O_TRUNC | O_NONBLOCK);
+    printf("truncate again %d: %s\n", fd, again >= 0 && !ftruncate(again, 0) ? "done" : strerrorname_np(errno));
+    close(again);
+    printf("truncate %d: %s\n", fd, !ftruncate(fd, 0) ? "done" : strerrorname_np(errno));
+    printf("seek %d: %s\n", fd, lseek(fd, 0, SEEK_SET) == 0 ? "done" : strerrorname_np(errno));
+}
+
 static void descriptors(void) {
+    int open_now[1024], many = 0;
+    char aim[LONG];
     DIR *all = opendir("/proc/self/fd");
-    struct dirent *one;
-    while ((one = readdir(all))) {
-        char aim[LONG] = "", word[32];
-        int fd = atoi(one->d_name), again;
-        if (one->d_name[0] == '.' || fd == dirfd(all)) continue;
-        if (readlink(by_fd(fd), aim, LONG - 1) < 0) continue;
-        printf("fd %d\n", fd);
-        fprintf(stderr, "%d -> %s\n", fd, aim);
-        snprintf(word, sizeof word, "fd-%d", fd);
-        self = word;
-        again = open(by_fd(fd), O_RDONLY | O_NONBLOCK);
-        printf("read again %d: %s\n", fd, again >= 0 && !reveal(again) ? "done" : strerrorname_np(errno));
-        printf("read %d: %s\n", fd, fd && !fcntl(fd, F_SETFL, O_NONBLOCK) && !reveal(fd) ? "done" : strerrorname_np(errno));
-        again = open(by_fd(fd), O_WRONLY | O_TRUNC | O_NONBLOCK);
-        printf("truncate %d: %s\n", fd, again >= 0 && !ftruncate(again, 0) ? "done" : strerrorname_np(errno));
-        printf("rewind %d: %s\n", fd, lseek(fd, 0, SEEK_SET) == 0 && !ftruncate(fd, 0) ? "done" : strerrorname_np(errno));
-        fcntl(fd, F_SETFL, 0);
+    for (struct dirent *one; (one = readdir(all)) && many < 1024;)
+        if (one->d_name[0] != '.' && atoi(one->d_name) != dirfd(all)) open_now[many++] = atoi(one->d_name);
+    closedir(all);
+    for (int i = 0; i < many; i++) {
+        ssize_t size = readlink(by_fd(open_now[i]), aim, LONG - 1);
+        aim[size < 0 ? 0 : size] = 0;
+        printf("fd %d is %s\n", open_now[i], aim);
     }
+    for (int i = 0; i < many; i++) reopen(open_now[i]);
 }
 
 static int order(char **words, int length) {

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from tests.contain.attack import Hostile, parse
+from tests.contain.attack import parse
 from tests.contain.judge import difference, machine, snapshot
 
 # Not tried on the host: they act on the machine, whatever folder they are given. The program refuses, too.
