@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -131,3 +132,15 @@ def test_locks_of_another_process_are_seen(hostile, folder):
 def test_the_machine_is_as_it_was_where_nobody_touches_it():
     assert difference(machine(), machine()) == []
     assert os.uname().nodename in str(machine()["the machine"])
+
+
+def test_a_changed_sysctl_is_seen():
+    path = Path("/proc/sys/fs/lease-break-time")
+    was, before = path.read_text(), machine()
+    try:
+        path.write_text(f"{int(was) + 1}\n")
+        changed = difference(before, machine())
+    finally:
+        path.write_text(was)
+    assert len(changed) == 1
+    assert changed[0].startswith("sysctl fs/lease-break-time: value was")
