@@ -40,7 +40,7 @@ def runsc_of(name: str) -> Path:
 def make_system(folder: Path, runsc: Path) -> System:
     """A host with this runsc that allows binds of `allowed` and roots of `roots`; not started yet."""
     made = System(folder, next(SUBNETS))
-    for name in ("allowed", "roots"):
+    for name in ("allowed", "roots", "cni"):  # the last would come with the first launch, and be seen
         (folder / name).mkdir()
     made.env |= {
         "SANDBATCH_RUNSC": str(runsc),

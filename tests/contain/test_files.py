@@ -161,7 +161,8 @@ def test_an_image(clean_contained, image_parts, hostile, work, bait, user, writa
     system = clean_contained
     layers = [members(hostile, work / "layer"), [device("dev-memory", major=1, minor=1)]]
     layers[1] += [device("dev-disk", tarfile.BLKTYPE, *map(int, hostile.env["DISK"].split(":")))]
-    image = f"oci:{layout(work / 'layout', {'v1': blobs_of(layers)})}:v1"
+    own = work / f"layout-{secrets.token_hex(4)}"  # of a name that it knows the host pulls nothing anew
+    image = f"oci:{layout(own, {'v1': blobs_of(layers)})}:v1"
     shutil.rmtree(work / "layer")
     images = system.folder / "state/images"
     others = {*images.glob("sha256-*/rootfs")}
