@@ -21,6 +21,7 @@ from tests.contain.conftest import make_system, runsc_of
 from tests.host.machine import unchanged
 from tests.layers import blobs_of, device, layout
 from worker import conmon
+from worker.probe_runsc import HOLE
 from worker.rootfs import host_mounts
 from worker.runsc import Runsc
 from worker.settings import Settings
@@ -118,7 +119,11 @@ def make_root(hostile, folder, make_bait):
     return make_bait(folder / "bait")
 
 
-@pytest.mark.parametrize("writable", ["no", "memory", "disk"])
+@pytest.mark.parametrize(
+    ("user", "writable"),
+    [("root", "no"), ("user", "no"), ("root", "memory"), ("user", "disk")],
+    indirect=["user"],
+)
 def test_a_rootfs_of_the_users(clean_contained, hostile, work, bait, user, writable):
     """Read-only, or with a layer of the sandbox's own above it: the folder stays as it is."""
     system, root = clean_contained, clean_contained.folder / "roots/root"
@@ -155,7 +160,9 @@ def takes_disk(system):
     return Runsc.from_settings(settings, hides_sysctl=False).limits_overlay
 
 
-@pytest.mark.parametrize("writable", ["no", "memory"])
+@pytest.mark.parametrize(
+    ("user", "writable"), [("root", "no"), ("user", "no"), ("root", "memory")], indirect=["user"]
+)
 def test_an_image(clean_contained, image_parts, hostile, work, bait, user, writable):
     """All sandboxes of an image share its folder in the store. Device nodes of its layers are not there."""
     system = clean_contained
@@ -369,7 +376,7 @@ def refusal(system, hostile, work):
     try:
         system.start()
     except AssertionError as error:
-        return re.search(r"runsc.*", str(error))
+        return re.search(f"{HOLE}.*without ro", str(error))
     own = hostile.bait(work / "data")
     watch = Watch(hostile, work, baits=(own,))
     options = ("-v", f"{work}/tool:/tool", "-v", f"{work}/data:/data")
