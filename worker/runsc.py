@@ -224,8 +224,11 @@ def find_binary(settings: Settings) -> Path:
 def _on_path() -> list[Path]:
     """Every runsc on the PATH, and where an administrator installs one, each file once."""
     folders = [*os.environ.get("PATH", os.defpath).split(os.pathsep), *LOCAL_FOLDERS]
-    named = [Path(one) for folder in folders if (one := shutil.which("runsc", path=folder))]
-    return list({one.resolve(): one for one in reversed(named)}.values())[::-1]
+    found: dict[Path, Path] = {}
+    for folder in folders:
+        if named := shutil.which("runsc", path=folder):
+            found.setdefault(Path(named).resolve(), Path(named))
+    return list(found.values())
 
 
 def is_old(version: str) -> bool:

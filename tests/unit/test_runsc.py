@@ -1,5 +1,6 @@
 """Which runsc of a host is taken, and what its version says. The runscs are doubles."""
 
+import os
 import shutil
 
 import pytest
@@ -77,3 +78,12 @@ def test_where_an_administrator_installs_one_is_looked_at_too(place, tmp_path, m
 def test_none_at_all_is_told_in_words(place):
     with pytest.raises(HostNotReady, match="not on the PATH"):
         find_binary(Settings())
+
+
+def test_a_file_that_the_path_has_twice_keeps_its_first_place(place, tmp_path, monkeypatch):
+    """/bin is a link to /usr/bin on most hosts."""
+    first = place("first", "release-20260817.0")
+    place("second", "release-20260901.0")
+    (tmp_path / "link").symlink_to(first.parent)
+    monkeypatch.setenv("PATH", f"{os.environ['PATH']}:{tmp_path}/link")
+    assert find_binary(Settings()) == first
