@@ -11,6 +11,7 @@ import stat
 import subprocess
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +51,14 @@ def _look(path: Path) -> dict[str, Any]:
     return found
 
 
-class Offset(float):
-    """Seconds between two clocks, equal to another as far as it matters."""
+@dataclass(frozen=True, eq=False)
+class Offset:
+    """How far apart two clocks are; equal to another as far as it matters."""
 
-    __hash__ = None  # type: ignore[assignment]
+    seconds: float
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, float) and abs(self - other) < CLOCK_TOLERANCE_S
+        return isinstance(other, Offset) and abs(self.seconds - other.seconds) < CLOCK_TOLERANCE_S
 
 
 def machine() -> Snapshot:

@@ -64,6 +64,14 @@ def test_a_mount_that_is_made_writable_by_hand_is_a_finding(clean_contained, giv
     assert system.audit() == []
 
 
+def test_a_worker_warns_once_where_only_its_own_mounts_hold(contained):
+    log = (contained.folder / "up.log").read_text()
+    is_debians = Path(contained.env["SANDBATCH_RUNSC"]).parent.name == "debian"
+    starts = log.count("host test is up;")
+    assert starts
+    assert log.count("only this worker's read-only mounts") == (starts if is_debians else 0)
+
+
 def test_it_holds_when_the_worker_is_killed_and_started_again(clean_contained, given):
     system = clean_contained
     [one] = system.run("--wait", "-v", f"{given}:/data", "--", "sleep", "1000")

@@ -21,10 +21,11 @@ import pytest
 
 from tests.host.machine import copy_program
 from worker import bundle, conmon, procs, rootfs
+from worker.doctor import doctor
 from worker.errors import NotContained, ProcessTimeout, RunscError
 from worker.mounted import View
 from worker.probe_runsc import HOLE, probe
-from worker.runsc import Runsc, is_old
+from worker.runsc import MENDED, Runsc, is_old
 from worker.settings import Settings
 from worker.spec import make_spec, new_container_id
 
@@ -423,9 +424,13 @@ def test_a_runsc_that_does_not_contain_is_refused_by_the_probe(host, tmp_path):
     """In the test's own mounts again, a gofer of before July 2025 could empty files of the host."""
     settings, runsc = host
     binary = wrapped(runsc, tmp_path, f'exec nsenter {OUTSIDE} {runsc.binary} "$@"').binary
-    found = probe(settings.model_copy(update={"runsc": str(binary)}))
+    settings = settings.model_copy(update={"runsc": str(binary)})
+    found = probe(settings)
     assert found.ok is not found.is_old
     assert (HOLE in found.error and "without ro" in found.error) is found.is_old
+    [row] = [one for one in doctor(settings) if one.name == "runsc"]
+    assert row.ok is found.ok
+    assert (MENDED in row.mend) is found.is_old  # the release to take
 
 
 def test_the_probe_sees_a_file_that_was_emptied(host, monkeypatch):
