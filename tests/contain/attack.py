@@ -124,7 +124,7 @@ def launch(system: System, hostile: Hostile, *options: str, argv: str, program: 
     states = system.wait([container_id], "running")
     assert states == {container_id: "running"}, system.show(container_id)["error"]
     log = system.sandboxes / container_id / "container.log"
-    system.wait_until(lambda: "the end" in conmon.tail_log(log, 3).splitlines(), 60, "end of the attempts")
+    system.wait_until(lambda: "the end" in conmon.tail_log(log, 3).splitlines(), 150, "end of the attempts")
     return container_id
 
 

@@ -258,7 +258,7 @@ def test_a_source_that_is_swapped_while_it_starts(clean_contained, hostile, work
             ids = []
             while not ids:  # it may still look just when the link changes under it
                 ids = system.cli("run", *command, check=False).stdout.split()
-            states = system.wait(ids, "terminal")
+            states = system.wait(ids, "terminal", 150)
             assert swaps() > LAUNCHES
     finally:
         system.env["SANDBATCH_MOUNT_ALLOW"] = json.dumps([str(work)])
@@ -385,7 +385,7 @@ def refusal(system, hostile, work):
         if system.wait([one], "running") != {one: "running"}:
             return system.show(one)["error"]["message"]
         log = system.sandboxes / one / "container.log"
-        system.wait_until(lambda: "the end" in conmon.tail_log(log, 3), 60, "end of the attempts")
+        system.wait_until(lambda: "the end" in conmon.tail_log(log, 3), 150, "end of the attempts")
         changed = watch.words(system, one)
         assert any("/mine: size was" in word for word in changed), changed
         return changed

@@ -425,7 +425,7 @@ def test_no_socket_reaches_the_hosts_loopback(ground: Ground, user: str):
         sent = ground.free.tell(KNOCK, user=user, **given)
         assert sent >= 20, "datagrams leave without a word"
         due = {f"{kind} {ground.host} device 0" for kind in ("SOCK_DGRAM", "SOCK_STREAM")}
-        ground.system.wait_until(lambda: due <= control.words(), 20, "honest words, sent last")
+        ground.system.wait_until(lambda: due <= control.words(), 60, "honest words, sent last")
         assert secret.heard == []
 
 
@@ -444,14 +444,14 @@ def test_no_frame_reaches_the_hosts_loopback(ground: Ground):
 
     with Ear(SECRET, "127.0.0.1", ground.host) as secret:
         # The worker may be quicker.
-        ground.system.wait_until(reached_without_the_rule, 20, "frame that arrives where no rule is")
-        ground.system.wait_until(lambda: ground.system.audit() == [], 20, "rule that is loaded again")
+        ground.system.wait_until(reached_without_the_rule, 60, "frame that arrives where no rule is")
+        ground.system.wait_until(lambda: ground.system.audit() == [], 60, "rule that is loaded again")
         secret.heard.clear()
         send("evil", ground.free.ip, "127.0.0.1")
         send("evil", "127.0.0.5", "127.0.0.1")
         send("evil", "127.0.0.5", ground.host)  # who takes it for the host's own word
         send("good", ground.free.ip, ground.host)
-        ground.system.wait_until(lambda: "good" in secret.words(), 20, "honest frame, sent last")
+        ground.system.wait_until(lambda: "good" in secret.words(), 60, "honest frame, sent last")
         assert secret.heard == [("good", ground.free.ip)]
 
 
@@ -539,7 +539,7 @@ def test_nobody_takes_anothers_address_or_listens_to_all(ground: Ground, rulers:
         given = {"host": ground.host, "host6": ground.host6, "port": HEARD}
         found = ground.free.tell(RULE, user=user, **others, **given)
         ground.system.wait_until(
-            lambda: sum(words == "as itself" for words, _ in control.heard) == 2, 20, "honest words"
+            lambda: sum(words == "as itself" for words, _ in control.heard) == 2, 60, "honest words"
         )
         assert {source for _, source in control.heard} == {ground.free.ip, ground.free.ip6}
     assert set(found) == {*rulers, "TUNSETIFF"}
