@@ -44,7 +44,7 @@ def create(
         RunscError, ProcessTimeout: As `create_in`.
     """
     config = json.loads((bundle_dir / "config.json").read_text())
-    with read_only_view(given_by(config)) as view:
+    with read_only_view(given_by(config, (settings.state_dir, settings.run_dir))) as view:
         create_in(view.namespace, runsc, settings, container_id, bundle_dir, log_path, netns_path)
     confirm(runsc.gofer_pid(container_id), view)
 

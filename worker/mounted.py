@@ -25,10 +25,11 @@ from worker.errors import HostNotReady, NotContained, SandbatchError
 CLONE_NEWNS = 0x00020000
 MS_REC, MS_PRIVATE, MS_SLAVE = 0x4000, 1 << 18, 1 << 19
 # One number each on every architecture that gVisor runs on (Linux, include/uapi/asm-generic/unistd.h).
-SYS_OPEN_TREE, SYS_MOVE_MOUNT, SYS_MOUNT_SETATTR = 428, 429, 442
+SYS_OPEN_TREE, SYS_MOVE_MOUNT, SYS_OPENAT2, SYS_MOUNT_SETATTR = 428, 429, 437, 442
 AT_FDCWD, AT_EMPTY_PATH, AT_RECURSIVE = -100, 0x1000, 0x8000
 OPEN_TREE_CLONE = 1
-MOVE_MOUNT_F_EMPTY_PATH = 4
+MOVE_MOUNT_EMPTY_PATHS = 0x04 | 0x40  # from a handle, onto another
+RESOLVE_NO_SYMLINKS = 4
 ATTR_RDONLY, ATTR_NOSUID, ATTR_NODEV = 1, 2, 4
 FLAGS = ("ro", "nosuid", "nodev")  # the same, as mountinfo has them
 ESCAPED = re.compile(rb"[ \t\n\\#]")  # as \040 in mountinfo
@@ -44,7 +45,10 @@ class Given:
 
     target: str
     source: str
-    is_recursive: bool  # with what is mounted below it
+    is_recursive: bool = False  # with what is mounted below it
+    is_own: bool = (
+        False  # in sandbatch's own folders, whose path may lead by a symlink of the administrator's
+    )
 
 
 @dataclass(frozen=True)
@@ -83,12 +87,26 @@ class _MountAttr(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_uint64) for name in ("set", "clear", "propagation", "userns"))
 
 
-def given_by(config: Mapping[str, Any]) -> list[Given]:
-    """What a config.json gives of the host: the root first, then its binds."""
+class _OpenHow(ctypes.Structure):
+    """`struct open_how` of openat2(2)."""
+
+    _fields_ = tuple((name, ctypes.c_uint64) for name in ("flags", "mode", "resolve"))
+
+
+def given_by(config: Mapping[str, Any], own: Sequence[Path]) -> list[Given]:
+    """What a config.json gives of the host: the root first, then its binds.
+
+    `own`: the folders of sandbatch itself, as the settings name them.
+    """
+
+    def given(target: str, source: str, options: Sequence[str] = ()) -> Given:
+        is_own = any(PurePosixPath(source).is_relative_to(folder) for folder in own)
+        return Given(target, source, "rbind" in options, is_own)
+
     binds = [one for one in config["mounts"] if one["type"] == "bind"]
     return [
-        Given(ROOT, config["root"]["path"], False),
-        *(Given(one["destination"], one["source"], "rbind" in one["options"]) for one in binds),
+        given(ROOT, config["root"]["path"]),
+        *(given(one["destination"], one["source"], one["options"]) for one in binds),
     ]
 
 
@@ -100,6 +118,7 @@ def read_only_view(given: Sequence[Given]) -> Iterator[View]:
 
     Raises:
         HostNotReady: The kernel cannot make one.
+        NotContained: A symlink is in the path of a source, which had none when it was checked.
         SandbatchError: A source is not there.
     """
     made: list[tuple[int, dict[str, tuple[int, int]]]] = []
@@ -127,9 +146,10 @@ def read_only_view(given: Sequence[Given]) -> Iterator[View]:
 def confirm(gofer_pid: int, view: View) -> None:
     """See that a created container has what the view expects and nothing else, all of it read-only.
 
-    Between our look at a source (`worker.mounts`) and the gofer's mount of it, somebody who may write to
-    an allowed folder on the host can put a symlink in place of a part of the path. A mount once made does
-    not change any more, and nothing of the sandbox has run before `start`: this look has no such gap.
+    Somebody who may write to an allowed folder on the host can put a symlink in place of a part of a
+    source's path: before the view is made, which follows none, or before the gofer mounts it, which then
+    has another inode, and no cover. A mount once made does not change any more, and nothing of the
+    sandbox has run before `start`: this look has no such gap.
 
     Raises:
         NotContained: Something else is mounted, something is writable, or it cannot be seen.
@@ -198,15 +218,33 @@ def _make(given: Sequence[Given]) -> tuple[int, dict[str, tuple[int, int]]]:
 
 
 def _cover(libc: ctypes.CDLL, one: Given) -> tuple[int, int]:
-    path = os.fsencode(one.source)
-    flags = OPEN_TREE_CLONE | os.O_CLOEXEC | (AT_RECURSIVE if one.is_recursive else 0)
-    tree = _check(_syscall(libc, SYS_OPEN_TREE, AT_FDCWD, path, flags), one.source)
+    place = _open(libc, one)
+    try:
+        return _cover_place(libc, one, place)
+    finally:
+        os.close(place)
+
+
+def _open(libc: ctypes.CDLL, one: Given) -> int:
+    """A handle on the source itself; a symlink on the way to it has been put there since it was checked."""
+    how = _OpenHow(os.O_PATH | os.O_CLOEXEC, 0, 0 if one.is_own else RESOLVE_NO_SYMLINKS)
+    call = (SYS_OPENAT2, AT_FDCWD, os.fsencode(one.source), ctypes.byref(how), ctypes.sizeof(how))
+    place = _syscall(libc, *call)
+    if place < 0 and ctypes.get_errno() == errno.ELOOP:
+        todo = "see who writes to the allowed folder on the host"
+        raise NotContained(f"mount at {one.target}", f"a symlink was in the path of {one.source}", todo)
+    return _check(place, one.source)
+
+
+def _cover_place(libc: ctypes.CDLL, one: Given, place: int) -> tuple[int, int]:
+    flags = OPEN_TREE_CLONE | os.O_CLOEXEC | AT_EMPTY_PATH | (AT_RECURSIVE if one.is_recursive else 0)
+    tree = _check(_syscall(libc, SYS_OPEN_TREE, place, b"", flags), one.source)
     try:
         attr = _MountAttr(ATTR_RDONLY | ATTR_NOSUID | ATTR_NODEV, 0, MS_PRIVATE, 0)
         size = ctypes.sizeof(attr)
         call = (SYS_MOUNT_SETATTR, tree, b"", AT_EMPTY_PATH | AT_RECURSIVE, ctypes.byref(attr), size)
         _check(_syscall(libc, *call), one.source)
-        move = (SYS_MOVE_MOUNT, tree, b"", AT_FDCWD, path, MOVE_MOUNT_F_EMPTY_PATH)
+        move = (SYS_MOVE_MOUNT, tree, b"", place, b"", MOVE_MOUNT_EMPTY_PATHS)
         _check(_syscall(libc, *move), one.source)
         return _inode(tree)
     finally:

@@ -250,6 +250,15 @@ def test_what_is_swapped_between_the_look_and_the_mount_is_seen(make_sandbox, tm
         one.settings = one.settings.model_copy(update={"mount_allow": (tmp_path,)})
         one.prepare(args=["ls", "/data"], mounts=mounts)
     sandbox.create()
+    early = make_sandbox()
+    early.settings = sandbox.settings
+    early.prepare(args=["ls", "/data"], mounts=mounts)
+    (tmp_path / "a b").rename(tmp_path / "moved")
+    (tmp_path / "a b").symlink_to(tmp_path / "moved")
+    with pytest.raises(NotContained, match="mount at /data: a symlink was in the path of"):
+        early.create()
+    (tmp_path / "a b").unlink()
+    (tmp_path / "moved").rename(tmp_path / "a b")
     swap = f"nsenter {OUTSIDE} sh -c 'mv \"$0\" \"$1\"; ln -s /etc \"$0\"' '{source}' '{tmp_path}/aside'"
     swapped.runsc = wrapped(swapped.runsc, tmp_path, swap)
     with pytest.raises(NotContained, match="/etc was in its place"):

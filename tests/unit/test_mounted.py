@@ -47,11 +47,13 @@ def test_a_config_gives_its_root_and_its_binds():
     bind = {"destination": "/data", "type": "bind", "source": "/srv/d", "options": ["bind", "ro"]}
     usr = {"destination": "/usr", "type": "bind", "source": "/usr", "options": ["rbind", "ro"]}
     proc = {"destination": "/proc", "type": "proc", "source": "proc", "options": []}
-    config = {"root": {"path": "/r"}, "mounts": [usr, proc, bind]}
-    assert given_by(config) == [
-        Given("/", "/r", False),
-        Given("/usr", "/usr", True),
-        Given("/data", "/srv/d", False),
+    hosts = {"destination": "/etc/hosts", "type": "bind", "source": "/state/sb/hosts", "options": ["bind"]}
+    config = {"root": {"path": "/state/r"}, "mounts": [usr, proc, bind, hosts]}
+    assert given_by(config, (Path("/state"), Path("/run/sandbatch"))) == [
+        Given("/", "/state/r", is_own=True),
+        Given("/usr", "/usr", is_recursive=True),
+        Given("/data", "/srv/d"),
+        Given("/etc/hosts", "/state/sb/hosts", is_own=True),
     ]
 
 
