@@ -436,12 +436,11 @@ def _has_just_ended(settings: Settings, container_id: str) -> bool:
 
 
 def _mounts_and_cgroups(look: _Look) -> None:
-    mounts = {}
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        point = line.split(" ")[4].encode().decode("unicode_escape")
-        ids = ID_PART.findall(point)
-        if ids and Path(point).parent != netns.NETNS_DIR.resolve():
-            mounts[point] = ids[0]
+    mounts, netns_dir = {}, netns.NETNS_DIR.resolve()
+    for line in mounted.mounts_of(os.getpid()):
+        ids = ID_PART.findall(str(line.point))
+        if ids and line.point.parent != netns_dir:
+            mounts[str(line.point)] = ids[0]
     look.compare("mount", "container", mounts)
     # Only below our own parents: another sandbatch of this machine has other ones.
     parents = {look.settings.cgroup_parent}

@@ -9,6 +9,7 @@ from uuid import uuid4
 
 from worker import limits
 from worker.errors import BadInput, SandbatchError
+from worker.mounted import mounts_of
 from worker.mounts import lay_out
 from worker.rootfs import DEFAULT_PATH, host_mounts, host_path, is_host, root_of
 from worker.settings import Settings
@@ -189,8 +190,6 @@ def _remove_file(path: Path) -> None:
 
 def _refuse_mount(folder: Path) -> None:
     """A bind of the same device looks like a plain folder to stat: only the mount table knows."""
-    name = str(folder.resolve())
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        point = line.split()[4].encode().decode("unicode_escape")  # spaces stand there as \040
-        if point == name:
-            raise SandbatchError(f"bundle {folder.parent}", f"{name} is a mount", f"umount {name}")
+    place = folder.resolve()
+    if any(one.point == place for one in mounts_of(os.getpid())):
+        raise SandbatchError(f"bundle {folder.parent}", f"{place} is a mount", f"umount {place}")

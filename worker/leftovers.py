@@ -18,6 +18,7 @@ from worker import netns
 from worker.audit import CHAIN, MASQUERADE_TABLE, nat_programs, output
 from worker.errors import Busy, SandbatchError
 from worker.locks import lock_within
+from worker.mounted import mounts_of
 
 LOCK_WAIT_S = 10.0  # an IPAM plugin holds its lock for one look through the leases
 OWNER = re.compile(r'id: "([^"]*)"')  # in the comments that the plugins give their rules
@@ -170,8 +171,7 @@ def unmount_below(folder: Path, container_id: str) -> None:
         SandbatchError: It is in use.
     """
     points = []
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        point = Path(line.split(" ")[4].encode().decode("unicode_escape"))
+    for point in (one.point for one in mounts_of(os.getpid())):
         if folder in point.parents and any(container_id in part for part in point.relative_to(folder).parts):
             points.append(point)
     libc = ctypes.CDLL(None, use_errno=True)

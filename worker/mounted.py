@@ -12,15 +12,15 @@ import ctypes
 import errno
 import os
 import re
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from worker.errors import HostNotReady, NotContained, SandbatchError
+from worker.own_thread import in_own_thread
 
 CLONE_NEWNS = 0x00020000
 MS_REC, MS_PRIVATE, MS_SLAVE = 0x4000, 1 << 18, 1 << 19
@@ -62,9 +62,9 @@ class View:
     expected: Mapping[str, tuple[int, int]]  # target -> device and inode
     recursive: frozenset[str]
 
-    def may_hold(self, point: PurePosixPath) -> bool:
+    def may_hold(self, point: Path) -> bool:
         """It lies below a target that comes with what is mounted below its source."""
-        return any(point.is_relative_to(PurePosixPath(target)) for target in self.recursive)
+        return any(point.is_relative_to(Path(target)) for target in self.recursive)
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class MountLine:
     """One line of a mountinfo file: what of which file system is mounted where, and how."""
 
     root: str  # the path of what is mounted, in its own file system
-    point: PurePosixPath
+    point: Path
     flags: frozenset[str]
 
     @property
@@ -100,7 +100,7 @@ def given_by(config: Mapping[str, Any], own: Sequence[Path]) -> list[Given]:
     """
 
     def given(target: str, source: str, options: Sequence[str] = ()) -> Given:
-        is_own = any(PurePosixPath(source).is_relative_to(folder) for folder in own)
+        is_own = any(Path(source).is_relative_to(folder) for folder in own)
         return Given(target, source, "rbind" in options, is_own)
 
     binds = [one for one in config["mounts"] if one["type"] == "bind"]
@@ -121,21 +121,7 @@ def read_only_view(given: Sequence[Given]) -> Iterator[View]:
         NotContained: A symlink is in the path of a source, which had none when it was checked.
         SandbatchError: A source is not there.
     """
-    made: list[tuple[int, dict[str, tuple[int, int]]]] = []
-    errors: list[Exception] = []
-
-    def make() -> None:
-        try:
-            made.append(_make(given))
-        except Exception as error:  # noqa: BLE001 - it is raised again, in the caller's thread
-            errors.append(error)
-
-    thread = threading.Thread(target=make, name="read-only view")  # the namespace is the thread's alone
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
-    [(handle, expected)] = made
+    handle, expected = in_own_thread("read-only view", lambda: _make(given))
     try:
         recursive = frozenset(one.target for one in given if one.is_recursive)
         yield View(Path(f"/proc/{os.getpid()}/fd/{handle}"), expected, recursive)
@@ -194,7 +180,7 @@ def parse_mount(line: bytes) -> MountLine:
     """One line of a mountinfo file (proc_pid_mountinfo(5))."""
     fields = line.split(b" ")
     flags = frozenset(fields[5].decode().split(","))
-    return MountLine(_text(fields[3]), PurePosixPath(_text(fields[4])), flags)
+    return MountLine(_text(fields[3]), Path(_text(fields[4])), flags)
 
 
 def mounted_below(folder: Path) -> str:
@@ -205,7 +191,7 @@ def mounted_below(folder: Path) -> str:
     # Most of a busy host's lines are netns of sandboxes: only those that can match are parsed.
     prefix = ESCAPED.sub(lambda found: b"\\%03o" % found[0][0], os.fsencode(folder)).rstrip(b"/")
     lines = (parse_mount(line) for line in table.splitlines() if b" " + prefix + b"/" in line)
-    return next((str(one.point) for one in lines if PurePosixPath(folder) in one.point.parents), "")
+    return next((str(one.point) for one in lines if folder in one.point.parents), "")
 
 
 def _make(given: Sequence[Given]) -> tuple[int, dict[str, tuple[int, int]]]:

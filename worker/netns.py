@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import os
 import socket
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from ipaddress import ip_interface
 from pathlib import Path
@@ -15,6 +14,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from worker import faults
 from worker.errors import SandbatchError
+from worker.own_thread import in_own_thread
 
 NETNS_DIR = Path("/var/run/netns")
 OWN_NETNS = Path("/proc/self/ns/net")
@@ -261,20 +261,11 @@ def _in_thread(name: str, act: Callable[[], None], todo: str) -> None:
     ResourceWarning, and fails in the children of a Celery pool; and it opens its sockets late, so
     the whole act belongs in the thread.
     """
-    errors: list[Exception] = []
-
-    def keep_error() -> None:
-        try:
-            act()
-        except Exception as error:  # noqa: BLE001 - it is raised again, in the caller's thread
-            errors.append(error)
-
-    thread = threading.Thread(target=keep_error, name=f"netns {name}")
-    thread.start()
-    thread.join()
-    if errors:
-        words = getattr(errors[0], "strerror", None) or errors[0]
-        raise SandbatchError(f"netns {name}", str(words), todo) from errors[0]
+    try:
+        in_own_thread(f"netns {name}", act)
+    except Exception as error:
+        words = getattr(error, "strerror", None) or error
+        raise SandbatchError(f"netns {name}", str(words), todo) from error
 
 
 def _libc() -> ctypes.CDLL:
